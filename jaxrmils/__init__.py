@@ -1,0 +1,39 @@
+"""jaxrmils: mixed-precision post-training quantization for JAX and Flax.
+
+The stages, in the order in which data flows: `trace`, `calibrate`, `score`, a policy (`rmils`,
+`uniform`), `quantize`, `verify`, `save_model`. For your own jitted step: `contributions` and
+`assign`.
+"""
+
+from jaxrmils.artifacts import load_model as load_model
+from jaxrmils.artifacts import load_plan as load_plan
+from jaxrmils.artifacts import load_ranges as load_ranges
+from jaxrmils.artifacts import load_scores as load_scores
+from jaxrmils.artifacts import save_model as save_model
+from jaxrmils.artifacts import save_plan as save_plan
+from jaxrmils.artifacts import save_ranges as save_ranges
+from jaxrmils.artifacts import save_scores as save_scores
+from jaxrmils.evaluation import Report as Report
+from jaxrmils.evaluation import print_report as print_report
+from jaxrmils.evaluation import verify as verify
+from jaxrmils.graph import Graph as Graph
+from jaxrmils.graph import from_linen as from_linen
+from jaxrmils.graph import from_nnx as from_nnx
+from jaxrmils.graph import tabulate as tabulate
+from jaxrmils.graph import trace as trace
+from jaxrmils.lowering import QuantizedModel as QuantizedModel
+from jaxrmils.lowering import quantize as quantize
+from jaxrmils.numerics import Ranges as Ranges
+from jaxrmils.numerics import calibrate as calibrate
+from jaxrmils.policies import LayerPlan as LayerPlan
+from jaxrmils.policies import Plan as Plan
+from jaxrmils.policies import assign as assign
+from jaxrmils.policies import plan_from_tree as plan_from_tree
+from jaxrmils.policies import predict as predict
+from jaxrmils.policies import rmils as rmils
+from jaxrmils.policies import uniform as uniform
+from jaxrmils.sensitivity import Contributions as Contributions
+from jaxrmils.sensitivity import Scores as Scores
+from jaxrmils.sensitivity import contributions as contributions
+from jaxrmils.sensitivity import score as score
+from jaxrmils.version import __version__ as __version__

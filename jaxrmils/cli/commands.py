@@ -1,0 +1,204 @@
+"""What each command does."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxrmils import artifacts
+from jaxrmils.cli import pipeline
+from jaxrmils.cli.config import ConfigError, apply_overrides, load_config
+from jaxrmils.cli.defaults import base_config
+from jaxrmils.data import DataError
+from jaxrmils.evaluation import (
+    EvaluationError,
+    coverage_table,
+    measure,
+    noninferiority,
+    print_report,
+    verdict_words,
+)
+from jaxrmils.evaluation.statistics import default_margin
+from jaxrmils.graph import TraceError, tabulate
+from jaxrmils.numerics import CalibrationError, format_size
+from jaxrmils.policies import PlanError
+from jaxrmils.progress import Progress, bars, silent
+from jaxrmils.sensitivity import ScoreError
+
+USAGE_ERRORS = (PlanError,)
+INPUT_ERRORS = (
+    artifacts.ArtifactError,
+    CalibrationError,
+    DataError,
+    EvaluationError,
+    ScoreError,
+    TraceError,
+    ImportError,
+    OSError,
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command has to tell: its data as JSON values, and whether the verdict is lossless."""
+
+    data: dict[str, Any]
+    lossless: bool = True
+
+
+def _console(args: argparse.Namespace) -> Console:
+    """Where people read: stdout, or stderr where stdout is for machines."""
+    file = sys.stderr if args.json else sys.stdout
+    console = Console(file=file, highlight=False)
+    return console if console.is_terminal else Console(file=file, highlight=False, width=120)
+
+
+def _progress(args: argparse.Namespace) -> Progress:
+    return silent if args.quiet else bars
+
+
+def demo(args: argparse.Namespace) -> Outcome:
+    """The main job with the embedded defaults."""
+    return _run(args, apply_overrides(base_config(), args.overrides), None)
+
+
+def quantize(args: argparse.Namespace) -> Outcome:
+    """The main job with a config file."""
+    config = load_config(args.config, args.overrides)
+    if args.show_config:
+        if not args.json:
+            print(config)
+        return Outcome(config.to_dict())
+    if not args.out:
+        raise ConfigError("quantize needs --out RUN, the folder to write (or --show-config)")
+    return _run(args, config, args.config)
+
+
+def _run(args: argparse.Namespace, config: ConfigDict, path: str | None) -> Outcome:
+    console = _console(args)
+    result = pipeline.run(config, path, _progress(args))
+    written = pipeline.save(result, config, path, args.out)
+    console.print(Text(result.task.name, style="bold"))
+    print_report(result.report, console)
+    if all(layer.is_float for layer in result.plan.layers.values()):
+        console.print(_nothing_passed(config))
+    if result.comparisons:
+        console.print(_comparison_table(result))
+    console.print(f"Files      {args.out}: {', '.join(written)}")
+    data = {"out": str(args.out), "files": written, **pipeline.report_dict(result)}
+    return Outcome(data, result.report.test.passed)
+
+
+def _nothing_passed(config: ConfigDict) -> str:
+    if config.policy.name != "rmils":
+        return "Note       the plan leaves every layer in float"
+    return (
+        f"Note       no layer's mu reaches the threshold {config.policy.mu}, so every layer stays "
+        "float; lower policy.mu"
+    )
+
+
+def _comparison_table(result: pipeline.Result) -> Table:
+    table = Table(title="Beside it, on the same held-out data", title_justify="left", pad_edge=False)
+    table.add_column("plan")
+    table.add_column("size", justify="right")
+    table.add_column("Δloss", justify="right")
+    table.add_column("verdict")
+    report = result.report
+    rows = [("this plan", report.quantized_bits, report.test, report.verdict)]
+    rows += [(c.name, c.size_bits, c.test, c.verdict) for c in result.comparisons]
+    for name, bits, test, verdict in rows:
+        table.add_row(name, format_size(bits), f"{test.mean:+.5f}", verdict)
+    return table
+
+
+def inspect(args: argparse.Namespace) -> Outcome:
+    """Layers and coverage of a model."""
+    config = load_config(args.config, args.overrides)
+    task = pipeline.make_task(config, args.config)
+    graph = pipeline.trace_task(task)
+    table = tabulate(graph)
+    console = _console(args)
+    console.print(Text(task.name, style="bold"))
+    console.print(coverage_table(graph, table))
+    console.print(f"Parameters {format_size(table.float_bits)}")
+    return Outcome(
+        {
+            "task": task.name,
+            "layers": [asdict(row) for row in table.layers],
+            "coverage": [asdict(entry) for entry in graph.coverage.entries],
+            "summary": graph.coverage.summary(),
+            "float_bits": table.float_bits,
+        }
+    )
+
+
+def evaluate(args: argparse.Namespace) -> Outcome:
+    """A saved model on one split."""
+    folder = Path(args.run_folder)
+    info = artifacts.load_record(folder / "run.json", pipeline.RUN_KIND)
+    path = args.config or info.get("config_file") or None
+    if args.config:
+        config = load_config(args.config, args.overrides)
+    else:
+        config = apply_overrides(_restored(info["config"]), args.overrides)
+    task = pipeline.make_task(config, path, _progress(args))
+    if task.splits.fingerprint != info["splits"]:
+        raise DataError(
+            f"{folder}: the run's splits have the fingerprint {info['splits'][:12]}, this task's "
+            f"have {task.splits.fingerprint[:12]}: other data, sizes or seed, so that examples that "
+            "chose the plan could judge it"
+        )
+    model = artifacts.load_model(folder / "model", task.apply)
+    held_out = pipeline.batches(task.split(args.split), config.batch_size)
+    after = measure(model.graph, model, held_out, task.loss, progress=_progress(args))
+    data: dict[str, Any] = {
+        "run": str(folder),
+        "split": args.split,
+        "examples": len(after.loss),
+        "loss": float(after.loss.mean()),
+        "accuracy": None if after.correct is None else float(after.correct.mean()),
+        "size_bits": model.size_bits,
+    }
+    lines = [
+        f"{task.name}: {args.split}, {len(after.loss)} examples",
+        f"Loss       {data['loss']:.5f}",
+    ]
+    if after.correct is not None:
+        lines.append(f"Accuracy   {100 * data['accuracy']:.2f} %")
+    passed = False
+    if not args.no_float:
+        params = task.load_params()
+        before = measure(
+            model.graph, lambda x: task.apply(params, x), held_out, task.loss
+        )
+        margin = config.verify.margin or default_margin(float(before.loss.mean()))
+        test = noninferiority(after.loss - before.loss, margin=margin, alpha=config.verify.alpha)
+        passed = test.passed
+        data |= {"float_loss": float(before.loss.mean()), "change": asdict(test)}
+        data["verdict"] = verdict_words(test)
+        lines += [f"Float loss {data['float_loss']:.5f}", f"Verdict    {data['verdict']}"]
+        if args.split != "test":
+            lines.append(f"Note       the {args.split} split is no held-out data: no certificate")
+            passed = False
+    _console(args).print("\n".join(lines))
+    return Outcome(data, passed)
+
+
+def _restored(fields: dict[str, Any]) -> ConfigDict:
+    """A config from its JSON, whose lists were tuples."""
+
+    def restore(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: restore(entry) for key, entry in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    return ConfigDict(restore(fields))

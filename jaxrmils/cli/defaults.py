@@ -1,0 +1,59 @@
+"""The configuration that every config file starts from."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def base_config() -> ConfigDict:
+    """A config with every field that the commands read; its types are checked on override.
+
+    >>> base_config().policy.name
+    'rmils'
+    """
+    config = ConfigDict()
+    config.seed = 0
+    # A task: "mnist_cnn", "package.module:function" or "file.py:function". The function gets this
+    # config and a progress drawer and returns a `jaxrmils.data.Task`.
+    config.task = "mnist_cnn"
+    config.batch_size = 125
+    config.backend = ""  # "cpu", "cuda", "tpu"; empty for where jax runs
+
+    config.train = ConfigDict()
+    config.train.examples = 2_000
+    config.train.copies = 4
+    config.train.epochs = 4
+    config.train.batch_size = 64
+    config.train.learning_rate = 3e-3
+
+    # Sizes of the four disjoint splits; the model's training examples are in none of them.
+    config.splits = ConfigDict()
+    config.splits.ranges = 250
+    config.splits.selection = 750
+    config.splits.confirmation = 500
+    config.splits.test = 1_500
+
+    config.ranges = ConfigDict()
+    config.ranges.estimator = "mse"  # minmax, percentile, mse, aciq_gauss, aciq_laplace
+    config.ranges.symmetric = False
+    config.ranges.percentile = 99.99
+
+    config.policy = ConfigDict()
+    config.policy.name = "rmils"  # or uniform
+    config.policy.mu = 0.001  # rmils: the threshold
+    config.policy.variant = "radical"  # rmils: or balanced
+    config.policy.normalization = "raw"  # rmils: raw, t, cosine
+    config.policy.probe = "tangent"  # rmils: or shift
+    config.policy.bits = (8,)  # rmils: widths to choose from
+    config.policy.weights = "same"  # rmils: same, int8, int4, float
+    config.policy.lookups = "float"  # rmils: int8, int4, float
+    config.policy.format = "int8"  # uniform: int8, int4, float, w4a8, ...
+    config.policy.skip = ()  # globs of layers that stay float
+    config.policy.force = ()  # "glob=format", first match counts
+
+    config.verify = ConfigDict()
+    config.verify.margin = 0.0  # largest loss change that is lossless; 0 for 0.5 %, >= 0.005
+    config.verify.alpha = 0.05
+    config.verify.layers = True  # also measure every layer alone
+    config.verify.compare = ("int8", "int4")  # uniform plans to show beside the plan
+    return config

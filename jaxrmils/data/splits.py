@@ -1,0 +1,159 @@
+"""Four disjoint parts of the data, so that nothing is chosen and judged on the same examples.
+
+`ranges` gives the scales, `selection` the scores and the plans, `confirmation` the lossless
+decision, and `test` is read once, for the report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxrmils.data.dataset import DataError
+
+SPLIT_NAMES = ("ranges", "selection", "confirmation", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Example indices of each split.
+
+    Args:
+        ranges: int64 `[n_ranges]`, examples that set the scales.
+        selection: int64 `[n_selection]`, examples that score sites and choose plans.
+        confirmation: int64 `[n_confirmation]`, examples that decide whether a plan is lossless.
+        test: int64 `[n_test]`, examples of the final report.
+        seed: the shuffle's seed.
+
+    The `fingerprint` is the SHA-256 of the four index arrays: equal fingerprints mean the same
+    examples in the same roles and order.
+    """
+
+    ranges: np.ndarray
+    selection: np.ndarray
+    confirmation: np.ndarray
+    test: np.ndarray
+    seed: int
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256()
+        for name in SPLIT_NAMES:
+            indices = np.ascontiguousarray(getattr(self, name), dtype="<i8")
+            object.__setattr__(self, name, indices)
+            # The length keeps an index from moving between neighbouring splits unseen.
+            digest.update(f"{name}:{indices.size}:".encode())
+            digest.update(indices.tobytes())
+        object.__setattr__(self, "fingerprint", digest.hexdigest())
+
+
+def make_splits(
+    n: int,
+    *,
+    ranges: int | float,
+    selection: int | float,
+    confirmation: int | float,
+    test: int | float,
+    seed: int,
+    available: np.ndarray | None = None,
+) -> Splits:
+    """Shuffle examples with `seed` and deal them out to four disjoint splits.
+
+    Args:
+        n: number of examples in the data set.
+        ranges, selection, confirmation, test: each an `int` (examples) or a `float` in (0, 1]
+            (fraction of the available examples, rounded down).
+        seed: seed of the shuffle.
+        available: integers `[m]` in `[0, n)`, the examples to deal from, such as those the model
+            was not trained on; all `n` by default.
+
+    Returns:
+        The splits; examples left over belong to none.
+
+    Raises:
+        DataError: a split would be empty, or together they need more examples than there are.
+
+    >>> splits = make_splits(100, ranges=10, selection=0.3, confirmation=20, test=40, seed=0)
+    >>> len(splits.selection), splits.test.size, len(splits.fingerprint)
+    (30, 40, 64)
+    """
+    pool = np.arange(n) if available is None else _checked_indices("available", available, n)
+    requested = dict(zip(SPLIT_NAMES, (ranges, selection, confirmation, test), strict=True))
+    sizes = {name: _split_size(name, size, pool.size) for name, size in requested.items()}
+    needed = sum(sizes.values())
+    if needed > pool.size:
+        each = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise DataError(
+            f"the splits need {needed} examples ({each}) but {pool.size} were found; "
+            f"ask for {needed - pool.size} fewer or bring more data"
+        )
+    shuffled = np.random.default_rng(seed).permutation(pool)
+    ends = np.cumsum(list(sizes.values()))
+    return Splits(*np.split(shuffled[:needed], ends[:-1]), seed=seed)
+
+
+def check_disjoint(splits: Splits, training: np.ndarray | None = None) -> None:
+    """Raise unless no example is used twice, within the splits and against the training data.
+
+    Args:
+        splits: the splits to check.
+        training: integers `[m]`, the examples the model was trained on. They may set ranges, since
+            a scale only describes the activations; they must not select, confirm or test, since
+            the model's loss on them is lower than on new data and moves differently.
+
+    Raises:
+        DataError: an example is repeated; says how many and in which splits.
+
+    >>> splits = make_splits(50, ranges=10, selection=10, confirmation=10, test=10, seed=0)
+    >>> check_disjoint(splits, training=splits.ranges)
+    """
+    for position, name in enumerate(SPLIT_NAMES):
+        indices = getattr(splits, name)
+        repeated = indices.size - np.unique(indices).size
+        if repeated:
+            raise DataError(f"split {name} repeats {repeated} examples; expected each one once")
+        for other in SPLIT_NAMES[position + 1 :]:
+            shared = np.intersect1d(indices, getattr(splits, other))
+            if shared.size:
+                raise DataError(
+                    f"splits {name} and {other} share {shared.size} examples (the first is "
+                    f"{shared[0]}); what chooses a plan must not judge it: make them disjoint"
+                )
+    if training is None:
+        return
+    for name in SPLIT_NAMES[1:]:
+        shared = np.intersect1d(getattr(splits, name), training)
+        if shared.size:
+            raise DataError(
+                f"split {name} holds {shared.size} training examples (the first is {shared[0]}); "
+                "training data may give ranges but never a verdict: draw selection, confirmation "
+                "and test from examples the model has not seen"
+            )
+
+
+def _split_size(name: str, size: int | float, found: int) -> int:
+    if isinstance(size, float):
+        if not 0.0 < size <= 1.0:
+            raise DataError(f"split {name}: the fraction {size} is outside (0, 1]")
+        # The small term keeps 0.29 * 100 = 28.999999999999996 at 29.
+        count = int(size * found + 1e-9)
+    else:
+        count = int(size)
+    if count < 1:
+        raise DataError(f"split {name}: {size} of {found} examples is {count}; expected at least 1")
+    return count
+
+
+def _checked_indices(name: str, indices: np.ndarray, n: int) -> np.ndarray:
+    indices = np.asarray(indices)
+    if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
+        raise DataError(
+            f"{name} must be a 1-d integer array; found {indices.dtype} of shape {indices.shape}"
+        )
+    if np.unique(indices).size != indices.size:
+        raise DataError(f"{name} repeats examples; expected each one once")
+    if indices.size and not 0 <= indices.min() <= indices.max() < n:
+        raise DataError(f"{name} holds indices outside 0 to {n - 1}")
+    return indices

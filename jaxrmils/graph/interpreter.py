@@ -1,0 +1,354 @@
+"""Runs a program, giving every site to a handler.
+
+All later stages are handlers: record ranges, insert probes, add noise, run integer
+operations. A handler is a function of a `SiteCall` that returns the operation's results and
+a record (any pytree of arrays, or None); records come back by site name, with a leading axis
+for every scan around the site. Nothing is mutated, so a run can be jitted, differentiated
+and vmapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrmils.graph import compat
+from jaxrmils.graph.expression import (
+    Apply,
+    Constant,
+    Expression,
+    Leaf,
+    Node,
+    Slice,
+    children,
+    leaf_indices,
+    ordered,
+)
+from jaxrmils.graph.program import Bind, Call, Program, SiteStep
+from jaxrmils.graph.sites import Site
+
+Records = dict[str, Any]
+
+
+class MissingLeafError(RuntimeError):
+    """A float parameter was asked for that the caller left out."""
+
+
+class Frame:
+    """Evaluates known expressions inside one level of tracing.
+
+    Values made inside a scan body must not leak out of it, so each body has a frame of its
+    own that can read what outer frames have computed.
+    """
+
+    def __init__(
+        self,
+        leaves: Sequence[Any],
+        parent: Frame | None = None,
+        *,
+        leaf_names: Sequence[str] | None = None,
+    ) -> None:
+        self.leaves = leaves
+        self._names = leaf_names
+        self._parent = parent
+        self._values: dict[Any, Any] = {}
+
+    def child(self) -> Frame:
+        """A frame for an inner trace."""
+        return Frame(self.leaves, self, leaf_names=self._names)
+
+    def set(self, node: Expression, value: Any) -> None:
+        """Gives the value of a slice in this iteration."""
+        self._values[node] = value
+
+    def _lookup(self, node: Any) -> Any:
+        frame: Frame | None = self
+        while frame is not None:
+            if node in frame._values:
+                return frame._values[node]
+            frame = frame._parent
+        return None
+
+    def available(self, expression: Expression) -> bool:
+        """True if all the leaves it reads were given."""
+        return all(self.leaves[i] is not None for i in leaf_indices(expression))
+
+    def force(self, expression: Expression) -> Any:
+        """The value of a known expression, computed at most once per frame.
+
+        Raises:
+          MissingLeafError: it reads a parameter that was left out.
+        """
+        for node in ordered(expression, self._missing):
+            if isinstance(node, Apply) and self._lookup(node) is None:
+                inputs = [self._value(each) for each in node.inputs]
+                self._values[node] = compat.bind(node.eqn, inputs)
+        return self._value(expression)
+
+    def _missing(self, node: Node) -> tuple[Node, ...]:
+        """What must be computed before a node."""
+        is_given = isinstance(node, Slice) or self._lookup(node) is not None
+        return () if is_given else children(node)
+
+    def _value(self, node: Expression) -> Any:
+        match node:
+            case Constant():
+                return node.value
+            case Leaf():
+                value = self.leaves[node.index]
+            case Slice():
+                value = self._lookup(node)
+            case _:
+                return self._lookup(node.node)[node.index]
+        if value is None:
+            names = [self._names[i] if self._names else i for i in sorted(leaf_indices(node))]
+            raise MissingLeafError(
+                f"parameter {', '.join(map(str, names))} is needed in float but was left out; "
+                "every leaf that something other than a handled site reads must be given"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class SiteCall:
+    """What a handler gets at a site.
+
+    Attributes:
+      site: which one.
+      eqn: its equation; `eqn.params` holds dimension numbers, strides and so on.
+      weight: the caller's value for the site's weight (`weights[name]`), already sliced for
+        the current iteration of stacked loops; None where it gave none.
+      state: the caller's value for the site (`state[name]`), sliced likewise.
+    """
+
+    site: Site
+    eqn: compat.JaxprEqn
+    weight: Any
+    state: Any
+    _read: Callable[[int], Any]
+
+    def operand(self, index: int) -> Any:
+        """The float value of an operand; a weight is computed from the parameters."""
+        return self._read(index)
+
+    def operands(self) -> tuple[Any, ...]:
+        """All float operands."""
+        return tuple(self._read(i) for i in range(len(self.eqn.invars)))
+
+    def bind(self, *operands: Any) -> Any:
+        """The original operation on other operands."""
+        (result,) = compat.bind(self.eqn, operands)
+        return result
+
+    def bind_highest(self, *operands: Any) -> Any:
+        """The same at `highest` matmul precision, where the model leaves the precision open."""
+        (result,) = compat.bind(_with_precision(self.eqn, float32=False), operands)
+        return result
+
+    def bind_float32(self, *operands: Any) -> Any:
+        """The operation on float32 operands, accumulated and returned in float32."""
+        (result,) = compat.bind(_with_precision(self.eqn, float32=True), operands)
+        return result
+
+    def view(self, array: Any) -> Any:
+        """An array in the weight's layout (or a keepdims scale), in the operand's layout."""
+        permutation = self.site.weight.permutation if self.site.weight else None
+        return array if permutation is None else array.transpose(permutation)
+
+
+def _with_precision(eqn: compat.JaxprEqn, *, float32: bool) -> compat.JaxprEqn:
+    changes: dict[str, Any] = {}
+    if "precision" in eqn.params and (float32 or eqn.params["precision"] is None):
+        highest = jax.lax.Precision.HIGHEST
+        changes["precision"] = (highest, highest)
+    if float32 and "preferred_element_type" in eqn.params:
+        changes["preferred_element_type"] = jnp.dtype(jnp.float32)
+    return eqn.replace(params={**eqn.params, **changes})
+
+
+Handler = Callable[[SiteCall], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """All that a run carries along.
+
+    Attributes:
+      handler: called at every site.
+      sites: the sites of the trace, by index.
+      frame: known values.
+      weights: per weight name, a pytree whose leaves lead with the weight's stacked loops.
+      state: per site name, a pytree whose leaves lead with the site's stacked loops.
+      absent: value of a record in a `cond` branch that does not hold the site, given the
+        record's shape and dtype.
+    """
+
+    handler: Handler
+    sites: Sequence[Site]
+    frame: Frame
+    weights: Mapping[str, Any]
+    state: Mapping[str, Any]
+    absent: Callable[[jax.ShapeDtypeStruct], Any]
+
+
+def run(program: Program, args: Sequence[Any], scope: Scope) -> tuple[list[Any], Records]:
+    """Runs a program.
+
+    Args:
+      program: what to run.
+      args: values for `program.inputs`.
+      scope: handler and values.
+
+    Returns:
+      The values of `program.outputs` and the handler's records by site name.
+    """
+    env = dict(zip(program.inputs, args, strict=True))
+    records: Records = {}
+
+    def read(atom: Any) -> Any:
+        if isinstance(atom, compat.Literal):
+            return compat.literal_value(atom)
+        if atom in env:
+            return env[atom]
+        return scope.frame.force(program.known[atom])
+
+    for step in program.steps:
+        if isinstance(step, Bind):
+            outvars = step.eqn.outvars
+            results = compat.bind(step.eqn, _bind_inputs(step.eqn, read))
+        elif isinstance(step, SiteStep):
+            outvars = step.eqn.outvars
+            result, record = _run_site(step, read, scope)
+            results = [result]
+            if record is not None:
+                records[scope.sites[step.index].name] = record
+        else:
+            outvars = step.outvars
+            results, inner = _CALLS[step.kind](step, read, scope)
+            records.update(inner)
+        env.update(zip(outvars, results, strict=True))
+    return [read(atom) for atom in program.outputs], records
+
+
+def _bind_inputs(eqn: compat.JaxprEqn, read: Callable[[Any], Any]) -> list[Any]:
+    return [None if isinstance(v, compat.Literal) else read(v) for v in eqn.invars]
+
+
+def _run_site(step: SiteStep, read: Callable[[Any], Any], scope: Scope) -> tuple[Any, Any]:
+    site = scope.sites[step.index]
+    weight = scope.weights.get(site.weight.name) if site.weight else None
+    call = SiteCall(
+        site=site,
+        eqn=step.eqn,
+        weight=weight,
+        state=scope.state.get(site.name),
+        _read=lambda i: read(step.eqn.invars[i]),
+    )
+    return scope.handler(call)
+
+
+def _arguments(step: Call, read: Callable[[Any], Any], branch: int = 0) -> list[Any]:
+    return [read(atom) for atom in step.arguments[branch]]
+
+
+def _inline(step: Call, read: Callable[[Any], Any], scope: Scope) -> tuple[list[Any], Records]:
+    return run(step.programs[0], _arguments(step, read), scope)
+
+
+def _remat(step: Call, read: Callable[[Any], Any], scope: Scope) -> tuple[list[Any], Records]:
+    params = step.eqn.params
+
+    def body(*args: Any) -> tuple[list[Any], Records]:
+        return run(step.programs[0], args, replace(scope, frame=scope.frame.child()))
+
+    checkpointed = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    return checkpointed(*_arguments(step, read))
+
+
+def _scan(step: Call, read: Callable[[Any], Any], scope: Scope) -> tuple[list[Any], Records]:
+    program, loop = step.programs[0], step.loop
+    assert loop is not None
+    inner_sites = [scope.sites[i] for i in program.site_indices]
+    sliced_weights = {
+        s.weight.name for s in inner_sites if s.weight and loop.number in s.weight.loops
+    }
+    xs_weights = {n: scope.weights[n] for n in sliced_weights if n in scope.weights}
+    xs_state = {s.name: scope.state[s.name] for s in inner_sites if s.name in scope.state}
+    if not loop.stacked:
+        xs_state = {}
+    slices = [s for s in step.slices if isinstance(s, Slice) and scope.frame.available(s)]
+    xs_slices = [scope.frame.force(s.source) for s in slices]
+    args = _arguments(step, read)
+    constants = args[: step.num_constants]
+    carry = args[step.num_constants : step.num_constants + step.num_carry]
+    xs = args[step.num_constants + step.num_carry :]
+
+    def body(carry: list[Any], xs: Any) -> tuple[list[Any], Any]:
+        values, slice_values, weights, state = xs
+        frame = scope.frame.child()
+        for node, value in zip(slices, slice_values, strict=True):
+            frame.set(node, value)
+        inner = replace(
+            scope,
+            frame=frame,
+            weights={**scope.weights, **weights},
+            state={**scope.state, **state},
+        )
+        outs, records = run(program, [*constants, *carry, *values], inner)
+        return outs[: step.num_carry], (outs[step.num_carry :], records)
+
+    params = step.eqn.params
+    carry, (ys, records) = jax.lax.scan(
+        body,
+        carry,
+        (xs, xs_slices, xs_weights, xs_state),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*carry, *ys], records
+
+
+def _cond(step: Call, read: Callable[[Any], Any], scope: Scope) -> tuple[list[Any], Records]:
+    index = read(step.eqn.invars[0])
+    arguments = [_arguments(step, read, branch) for branch in range(len(step.programs))]
+
+    def branch_function(branch: int) -> Callable[[list[list[Any]]], tuple[list[Any], Records]]:
+        def function(arguments: list[list[Any]]) -> tuple[list[Any], Records]:
+            inner = replace(scope, frame=scope.frame.child())
+            return run(step.programs[branch], arguments[branch], inner)
+
+        return function
+
+    functions = [branch_function(b) for b in range(len(step.programs))]
+    union: Records = {}
+    for function in functions:
+        union.update(jax.eval_shape(function, arguments)[1])
+
+    def complete(
+        function: Callable[[list[list[Any]]], tuple[list[Any], Records]],
+    ) -> Callable[[list[list[Any]]], tuple[list[Any], Records]]:
+        def completed(arguments: list[list[Any]]) -> tuple[list[Any], Records]:
+            outs, records = function(arguments)
+            missing = {
+                name: jax.tree.map(scope.absent, struct)
+                for name, struct in union.items()
+                if name not in records
+            }
+            return outs, {**records, **missing}
+
+        return completed
+
+    return jax.lax.switch(index, [complete(f) for f in functions], arguments)
+
+
+_CALLS: Mapping[str, Callable[[Call, Callable[[Any], Any], Scope], tuple[list[Any], Records]]] = {
+    "inline": _inline,
+    "remat": _remat,
+    "scan": _scan,
+    "cond": _cond,
+}

@@ -1,0 +1,83 @@
+"""A jaxpr, read once: which steps are sites, which values are known from parameters.
+
+`Program` mirrors a jaxpr. Its steps are equations to bind as they are, sites that a handler
+takes over, and calls (`jit`, `remat`, `scan`, `cond`, custom derivatives) that hold sites.
+`interpreter.run` executes it; `builder.build` makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxrmils.graph import compat
+from jaxrmils.graph.expression import Expression
+from jaxrmils.graph.sites import Loop
+
+CallKind = Literal["inline", "remat", "scan", "cond"]
+
+
+@dataclass(frozen=True, eq=False)
+class Bind:
+    """An equation that runs untouched."""
+
+    eqn: compat.JaxprEqn
+
+
+@dataclass(frozen=True, eq=False)
+class SiteStep:
+    """An equation that a handler runs; `index` is the site's number in the trace."""
+
+    eqn: compat.JaxprEqn
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """An equation whose inner programs hold sites.
+
+    Attributes:
+      kind: how to run it.
+      eqn: the equation.
+      programs: its inner program, or one per branch for `cond`.
+      arguments: for every program, the outer variables that feed its inputs.
+      outvars: the outer variables that its results define, for results that are read.
+      loop: the scan's loop.
+      slices: for a scan, the parameter slices that its body may read, with the body's node.
+      num_constants, num_carry: how a scan's arguments divide.
+      gives_known_results: True if some results of an inlined `jit` are known, and left out here.
+    """
+
+    kind: CallKind
+    eqn: compat.JaxprEqn
+    programs: tuple[Program, ...]
+    arguments: tuple[tuple[Any, ...], ...]
+    outvars: tuple[Any, ...]
+    loop: Loop | None = None
+    slices: tuple[Expression, ...] = ()
+    num_constants: int = 0
+    num_carry: int = 0
+    gives_known_results: bool = False
+
+
+Step = Bind | SiteStep | Call
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A jaxpr with its sites marked.
+
+    Attributes:
+      inputs: the variables that are passed in when it runs.
+      steps: what to do, in order; equations whose result nobody reads are left out.
+      outputs: variables or literals to return, those that somebody reads.
+      known: variables that depend on parameters and constants alone.
+      site_indices: the sites inside, at any depth.
+    """
+
+    inputs: tuple[Any, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[Any, ...]
+    known: Mapping[Any, Expression]
+    site_indices: tuple[int, ...]

@@ -1,0 +1,283 @@
+"""Plan to integer model: a pytree of integer parameters and a pure apply."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxrmils.graph import Graph, Site, SiteCall, interpret
+from jaxrmils.graph.expression import evaluate, loops_of
+from jaxrmils.graph.table import ModelTable, tabulate
+from jaxrmils.lowering.integer_conv import kernel_sum
+from jaxrmils.lowering.integer_dot import Backend, operand_sum
+from jaxrmils.lowering.sites import (
+    Kernel,
+    exact_kernel,
+    integer_kernel,
+    run_quantized,
+    run_weight_only,
+)
+from jaxrmils.numerics import QTensor, QuantParams, Rounding, quantize_weight
+from jaxrmils.numerics.calibration import Ranges, check_params
+from jaxrmils.policies import Plan, PlanError, check_plan
+from jaxrmils.policies.formats import FLOAT_BITS
+
+Mode = Literal["integer", "simulate"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tensor", "sums"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """An integer weight and the sums of its codes that zero points need.
+
+    Attributes:
+      tensor: codes and scales, in the weight's own layout; stacked loops lead.
+      sums: per site, int32 sums of the codes along the contraction.
+    """
+
+    tensor: QTensor
+    sums: Mapping[str, Any]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["leaves", "weights", "grids"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedParams:
+    """The parameters of a quantized model.
+
+    Attributes:
+      leaves: float leaves that are still read, by name; a leaf that exists only as integer codes
+        is not here.
+      weights: the integer weights, by name.
+      grids: per site with quantized activations, one `QuantParams` per operand.
+    """
+
+    leaves: Mapping[str, Any]
+    weights: Mapping[str, QuantizedWeight]
+    grids: Mapping[str, tuple[QuantParams, ...]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedModel:
+    """A model that runs in integers where its plan says so.
+
+    Attributes:
+      graph: the traced model.
+      plan: what every layer became.
+      params: its parameters.
+      backend: "cpu", "cuda" or "tpu"; chooses formulations, not results.
+      sizes: the model's table, for sizes.
+    """
+
+    graph: Graph
+    plan: Plan
+    params: QuantizedParams
+    backend: Backend
+    sizes: ModelTable
+
+    def __call__(self, inputs: Any) -> Any:
+        """The outputs for a batch, with the model's own parameters."""
+        return self.apply(self.params, inputs)
+
+    def apply(self, params: QuantizedParams, inputs: Any, *, mode: Mode = "integer") -> Any:
+        """A pure function of parameters and inputs; jit, vmap and shard it like any other.
+
+        Args:
+          params: `model.params`, or the same tree under your own sharding.
+          inputs: like the traced inputs, at any batch size.
+          mode: "integer", or "simulate" for float operations on the same codes, which agree with
+            the integer ones bit for bit at every site.
+
+        Returns:
+          What the float model's apply returns.
+        """
+        return self.apply_with_codes(params, inputs, mode=mode)[0]
+
+    def apply_with_codes(
+        self, params: QuantizedParams, inputs: Any, *, mode: Mode = "integer"
+    ) -> tuple[Any, dict[str, list[Any]]]:
+        """As `apply`, and the int8 codes of every quantized activation, by site."""
+        if mode not in ("integer", "simulate"):
+            raise ValueError(f"mode {mode!r}; expected 'integer' or 'simulate'")
+        kernel = integer_kernel(self.backend) if mode == "integer" else exact_kernel
+        handler = functools.partial(_handler, self.plan, _roundings(self.graph, self.plan), kernel)
+        leaves = [params.leaves.get(name) for name in self.graph.leaf_names]
+        return interpret(
+            self.graph,
+            handler,
+            leaves,
+            inputs,
+            weights=params.weights,
+            state=params.grids,
+            absent=lambda struct: jnp.zeros(struct.shape, struct.dtype),
+        )
+
+    @property
+    def size_bits(self) -> int:
+        """Size in bits: codes, scales, zero points and float leaves."""
+        return self.sizes.size_bits(self.plan.formats())
+
+
+def default_backend() -> Backend:
+    """The backend that jax runs on: "cpu", "cuda" or "tpu"."""
+    name = jax.default_backend()
+    return "cuda" if name in ("gpu", "cuda", "rocm") else "tpu" if name == "tpu" else "cpu"
+
+
+def quantize(
+    graph: Graph, params: Any, plan: Plan, ranges: Ranges, *, backend: Backend | None = None
+) -> QuantizedModel:
+    """Builds the integer model that a plan describes.
+
+    Args:
+      graph: from `trace`.
+      params: the float parameters.
+      plan: from a policy.
+      ranges: from `calibrate`, the ones that the plan's scores were made with.
+      backend: where it will run; the default is where jax runs now. int4 weights are stored two per
+        byte on "cpu" and "cuda" and unpacked to int8 inside jit; on "tpu" they are native int4.
+
+    Returns:
+      The model; `model(inputs)` runs it.
+
+    Raises:
+      PlanError: the plan is for another model, or quantizes an activation that has no range.
+      TraceError: params are not the traced model's.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxrmils import calibrate, tabulate, trace, uniform
+    >>> x, params = jax.random.normal(jax.random.key(0), (4, 3)), {"w": jnp.ones((3, 2))}
+    >>> graph = trace(lambda p, x: x @ p["w"], params, x)
+    >>> plan = uniform(tabulate(graph), "int8")
+    >>> model = quantize(graph, params, plan, calibrate(graph, params, [x]))
+    >>> model(x).shape
+    (4, 2)
+    """
+    check_params(graph, params)
+    table = tabulate(graph)
+    check_plan(plan, table)
+    if ranges.fingerprint != graph.fingerprint:
+        raise PlanError("the ranges were calibrated on another model; calibrate this one")
+    backend = backend or default_backend()
+    leaves = jax.tree.leaves(params)
+    kept = set(table.float_leaves)
+    weights: dict[str, QuantizedWeight] = {}
+    grids: dict[str, tuple[QuantParams, ...]] = {}
+    for name, sites in graph.layers.items():
+        layer = plan.layers[name]
+        if layer.weight_bits < FLOAT_BITS:
+            weights[name] = _quantized_weight(graph, name, leaves, plan, backend)
+        elif graph.layers[name][0].weight is not None:
+            kept |= set(graph.weights[name].leaves)
+        if layer.activation_bits < FLOAT_BITS:
+            for site in sites:
+                if site.activations:
+                    grids[site.name] = _grids(site, ranges, layer.activation_bits)
+    return QuantizedModel(
+        graph=graph,
+        plan=plan,
+        params=QuantizedParams(
+            leaves={graph.leaf_names[i]: jnp.asarray(leaves[i]) for i in sorted(kept)},
+            weights=weights,
+            grids=grids,
+        ),
+        backend=backend,
+        sizes=table,
+    )
+
+
+def _grids(site: Site, ranges: Ranges, bits: int) -> tuple[QuantParams, ...]:
+    if site.name not in ranges.grids:
+        raise PlanError(
+            f"site {site.name} is planned in int{bits}, but no calibration example reached it, so "
+            "it has no range; skip it or calibrate on examples that reach it"
+        )
+    return tuple(grids[bits] for grids in ranges.grids[site.name])
+
+
+def _quantized_weight(
+    graph: Graph, name: str, leaves: list[Any], plan: Plan, backend: Backend
+) -> QuantizedWeight:
+    layer, weight = plan.layers[name], graph.weights[name]
+    value = evaluate(graph.traced.expressions[name], leaves)
+    tensor = quantize_weight(
+        value,
+        bits=layer.weight_bits,
+        channel_axes=weight.channel_axes,
+        rounding=layer.weight_rounding,
+    )
+    depth = len(loops_of(graph.traced.expressions[name]))
+    sums = {}
+    if layer.activation_bits < FLOAT_BITS:
+        for site in graph.layers[name]:
+            if site.activations:
+                sums[site.name] = _sums(graph, site, tensor.codes(), depth)
+    if backend == "tpu" and layer.weight_bits == 4:
+        tensor = tensor.native_int4()
+    return QuantizedWeight(tensor, sums)
+
+
+def _sums(graph: Graph, site: Site, codes: Any, depth: int) -> Any:
+    """Sums of the weight codes along a site's contraction, stacked loops leading."""
+    assert site.weight is not None
+    use, numbers = site.weight, graph.dimension_numbers(site.name)
+
+    def one(codes: Any) -> Any:
+        if use.permutation is not None:
+            codes = codes.transpose(use.permutation)
+        if site.kind == "conv":
+            return kernel_sum(codes, numbers)
+        return operand_sum(codes, numbers, "lhs" if use.operand == 0 else "rhs")
+
+    for _ in range(depth):
+        one = jax.vmap(one)
+    return one(codes)
+
+
+def _handler(
+    plan: Plan, roundings: Mapping[str, tuple[Rounding, ...]], kernel: Kernel, call: SiteCall
+) -> tuple[Any, Any]:
+    site = call.site
+    layer = plan.layers[site.layer]
+    with jax.named_scope(site_scope(site.name)):
+        if layer.activation_bits < FLOAT_BITS and site.activations:
+            tensor, sums = None, None
+            if call.weight is not None:
+                tensor, sums = call.weight.tensor, call.weight.sums[site.name]
+            return run_quantized(call, kernel, tensor, sums, call.state, roundings[site.name])
+        if layer.weight_bits < FLOAT_BITS:
+            return run_weight_only(call, call.weight.tensor), None
+    return call.bind(*call.operands()), None
+
+
+def _roundings(graph: Graph, plan: Plan) -> dict[str, tuple[Rounding, ...]]:
+    """The rounding directions of every site; a plan lists them by layer."""
+    result = {}
+    for name, sites in graph.layers.items():
+        remaining = list(plan.layers[name].rounding)
+        for site in sites if remaining else ():
+            count = len(site.activations)
+            result[site.name], remaining = tuple(remaining[:count]), remaining[count:]
+    return result
+
+
+# XLA cuts an operation's name at the first "@", which marks the second use of a weight.
+_AT = "#"
+SCOPE_PATTERN = re.compile(r"jaxrmils\[([^\]]*)\]")
+
+
+def site_scope(name: str) -> str:
+    """The name scope under which a quantized site appears in the compiled program."""
+    return f"jaxrmils[{name.replace('@', _AT)}]"
+
+
+def scope_site(text: str) -> str:
+    """The site's name, of what `SCOPE_PATTERN` finds."""
+    return text.replace(_AT, "@")

@@ -1,0 +1,31 @@
+"""Integer formats, quantizers, range estimators and quantized tensors."""
+
+from jaxrmils.numerics.aciq import Distribution as Distribution
+from jaxrmils.numerics.aciq import clip_factor as clip_factor
+from jaxrmils.numerics.exact import divide_exactly as divide_exactly
+from jaxrmils.numerics.formats import BITS as BITS
+from jaxrmils.numerics.formats import ROUNDINGS as ROUNDINGS
+from jaxrmils.numerics.formats import Rounding as Rounding
+from jaxrmils.numerics.formats import code_range as code_range
+from jaxrmils.numerics.packing import pack_int4 as pack_int4
+from jaxrmils.numerics.packing import unpack_int4 as unpack_int4
+from jaxrmils.numerics.qtensor import QTensor as QTensor
+from jaxrmils.numerics.qtensor import quantize_weight as quantize_weight
+from jaxrmils.numerics.quant_params import QuantParams as QuantParams
+from jaxrmils.numerics.quant_params import dequantize as dequantize
+from jaxrmils.numerics.quant_params import fake_quant as fake_quant
+from jaxrmils.numerics.quant_params import from_range as from_range
+from jaxrmils.numerics.quant_params import quantize as quantize
+from jaxrmils.numerics.quant_params import weight_params as weight_params
+from jaxrmils.numerics.ranges import ESTIMATORS as ESTIMATORS
+from jaxrmils.numerics.ranges import HISTOGRAM_BINS as HISTOGRAM_BINS
+from jaxrmils.numerics.ranges import Estimator as Estimator
+from jaxrmils.numerics.ranges import RangeStats as RangeStats
+from jaxrmils.numerics.ranges import estimate_range as estimate_range
+from jaxrmils.numerics.ranges import histogram as histogram
+from jaxrmils.numerics.sizes import format_size as format_size
+from jaxrmils.numerics.sizes import size_bits_float as size_bits_float
+from jaxrmils.numerics.calibration import CalibrationError as CalibrationError
+from jaxrmils.numerics.calibration import Ranges as Ranges
+from jaxrmils.numerics.calibration import calibrate as calibrate
+from jaxrmils.numerics.calibration import make_ranges as make_ranges

@@ -1,0 +1,60 @@
+"""int4 at rest: two codes per byte along the last axis."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int8, UInt8
+
+
+def pack_int4(codes: Int8[Array, "*lead n"]) -> UInt8[Array, "*lead bytes"]:
+    """Packs pairs of int4 codes into bytes, the first of each pair in the low four bits.
+
+    Args:
+        codes: int8 codes from -8 to 7 (only the low four bits are kept).
+
+    Returns:
+        uint8 with a last axis of `ceil(n / 2)`; an odd length is padded with a zero.
+
+    Raises:
+        ValueError: `codes` has no axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(pack_int4(jnp.array([1, -1, 7], jnp.int8)))
+        [241   7]
+    """
+    if codes.ndim == 0:
+        raise ValueError("codes has shape (); packing needs a last axis to pack along")
+    if codes.shape[-1] % 2:
+        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
+    nibbles = jax.lax.bitcast_convert_type(codes, jnp.uint8) & jnp.uint8(15)
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << jnp.uint8(4))
+
+
+def unpack_int4(packed: UInt8[Array, "*lead bytes"], last_dim: int) -> Int8[Array, "*lead n"]:
+    """Undoes `pack_int4` by shifts, which carry the sign; safe inside `jit`.
+
+    Args:
+        packed: uint8 of `pack_int4`.
+        last_dim: the length `n` of the last axis before packing.
+
+    Returns:
+        int8 codes from -8 to 7 with a last axis of `last_dim`.
+
+    Raises:
+        ValueError: `packed` has no axis, or its last axis does not hold `last_dim` codes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(unpack_int4(jnp.array([241, 7], jnp.uint8), last_dim=3))
+        [ 1 -1  7]
+    """
+    if packed.ndim == 0 or packed.shape[-1] != (last_dim + 1) // 2:
+        raise ValueError(
+            f"packed has shape {packed.shape}; {last_dim} codes take a last axis of "
+            f"{(last_dim + 1) // 2} bytes"
+        )
+    # An arithmetic shift to the right repeats the sign bit.
+    low = jax.lax.bitcast_convert_type(packed << jnp.uint8(4), jnp.int8) >> jnp.int8(4)
+    high = jax.lax.bitcast_convert_type(packed, jnp.int8) >> jnp.int8(4)
+    pairs = jnp.stack([low, high], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])[..., :last_dim]

@@ -1,0 +1,21 @@
+"""Stage 4: from scores to a precision plan."""
+
+from jaxrmils.policies.assign import NORMALIZATIONS as NORMALIZATIONS
+from jaxrmils.policies.assign import VARIANTS as VARIANTS
+from jaxrmils.policies.assign import Decision as Decision
+from jaxrmils.policies.assign import PlanTree as PlanTree
+from jaxrmils.policies.assign import assign as assign
+from jaxrmils.policies.assign import plan_from_tree as plan_from_tree
+from jaxrmils.policies.constraints import Constraints as Constraints
+from jaxrmils.policies.formats import FORMATS as FORMATS
+from jaxrmils.policies.formats import PlanError as PlanError
+from jaxrmils.policies.formats import parse_format as parse_format
+from jaxrmils.policies.plan import LayerPlan as LayerPlan
+from jaxrmils.policies.plan import Plan as Plan
+from jaxrmils.policies.plan import check_plan as check_plan
+from jaxrmils.policies.plan import predict as predict
+from jaxrmils.policies.rmils import PROBES as PROBES
+from jaxrmils.policies.rmils import rmils as rmils
+from jaxrmils.policies.uniform import uniform as uniform
+
+POLICIES = ("rmils", "uniform")

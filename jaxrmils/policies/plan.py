@@ -1,0 +1,167 @@
+"""The precision plan: what every layer becomes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxrmils.graph import ModelTable
+from jaxrmils.numerics import ROUNDINGS, Rounding
+from jaxrmils.policies.formats import FLOAT_BITS, PlanError, format_name
+from jaxrmils.sensitivity import Candidate, Scores
+
+_BITS = (32, 8, 4)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The decision for one layer.
+
+    Attributes:
+      weight_bits: 8, 4, or 32 for float.
+      activation_bits: 8, 4, or 32 for float.
+      rounding: rounding direction of every activation operand, in the order of
+        `LayerRow.activations`; empty where the activations stay float.
+      weight_rounding: rounding of the weight.
+
+    >>> LayerPlan(8, 8, ("floor",)).format
+    'w8a8'
+    """
+
+    weight_bits: int = FLOAT_BITS
+    activation_bits: int = FLOAT_BITS
+    rounding: tuple[Rounding, ...] = ()
+    weight_rounding: Rounding = "nearest"
+
+    @property
+    def format(self) -> str:
+        """Its format's name ("w8a8", "w4", "a8", "float")."""
+        return format_name(self.weight_bits, self.activation_bits)
+
+    @property
+    def is_float(self) -> bool:
+        """True if nothing in the layer is quantized."""
+        return self.weight_bits == FLOAT_BITS and self.activation_bits == FLOAT_BITS
+
+
+FLOAT_LAYER = LayerPlan()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A precision plan for a model.
+
+    Attributes:
+      layers: a decision for every layer of the model, in its order.
+      fingerprint: of the graph that it was made for.
+      policy: the policy's name and settings, for the record.
+    """
+
+    layers: Mapping[str, LayerPlan]
+    fingerprint: str
+    policy: Mapping[str, Any] = field(default_factory=dict)
+
+    def formats(self) -> dict[str, tuple[int, int]]:
+        """Per layer (weight bits, activation bits), as `ModelTable.size_bits` reads them."""
+        return {n: (p.weight_bits, p.activation_bits) for n, p in self.layers.items()}
+
+    def counts(self) -> dict[str, int]:
+        """How many layers have each format."""
+        result: dict[str, int] = {}
+        for layer in self.layers.values():
+            result[layer.format] = result.get(layer.format, 0) + 1
+        return result
+
+    def only(self, name: str) -> Plan:
+        """The plan with this layer alone quantized and all others in float."""
+        layers = {n: (p if n == name else FLOAT_LAYER) for n, p in self.layers.items()}
+        return Plan(layers, self.fingerprint, {**self.policy, "only": name})
+
+
+def check_plan(plan: Plan, table: ModelTable) -> None:
+    """Raises PlanError unless the plan is complete, executable and made for this model."""
+    if plan.fingerprint != table.fingerprint:
+        raise PlanError(
+            f"the plan was made for another model (fingerprint {plan.fingerprint[:12]}, this model "
+            f"has {table.fingerprint[:12]}); make a plan from this model's scores"
+        )
+    unknown = [name for name in plan.layers if name not in table.layer]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], table.layer, n=3)
+        raise PlanError(f"the plan has an unknown layer {unknown[0]!r}; near matches: {near}")
+    missing = [name for name in table.layer if name not in plan.layers]
+    if missing:
+        raise PlanError(f"the plan has no decision for {missing[:5]}")
+    for name, layer in plan.layers.items():
+        _check_layer(name, layer, table)
+
+
+def _check_layer(name: str, layer: LayerPlan, table: ModelTable) -> None:
+    row = table.layer[name]
+    if layer.weight_bits not in _BITS or layer.activation_bits not in _BITS:
+        raise PlanError(
+            f"layer {name}: bits {layer.weight_bits}/{layer.activation_bits}; 32, 8 or 4 expected"
+        )
+    quantized = layer.activation_bits < FLOAT_BITS
+    expected = len(row.activations) if quantized else 0
+    if len(layer.rounding) != expected:
+        raise PlanError(
+            f"layer {name}: {len(layer.rounding)} rounding directions for {expected} quantized "
+            "activations"
+        )
+    for rounding in (*layer.rounding, layer.weight_rounding):
+        if rounding not in ROUNDINGS or rounding == "stochastic":
+            raise PlanError(
+                f"layer {name}: rounding {rounding!r}; nearest, floor or ceil expected (a plan "
+                "must give the same result every time)"
+            )
+    if quantized and row.has_weight and layer.weight_bits == FLOAT_BITS:
+        raise PlanError(
+            f"layer {name}: int{layer.activation_bits} activations need an integer weight; "
+            "a float weight was planned"
+        )
+    if quantized and row.is_lookup:
+        raise PlanError(f"layer {name} is an embedding lookup, which reads no activations")
+    if layer.weight_bits < FLOAT_BITS and not row.has_weight:
+        raise PlanError(f"layer {name} multiplies two activations and has no weight to quantize")
+
+
+def predict(scores: Scores, plan: Plan) -> dict[str, np.ndarray]:
+    """First-order prediction of every layer's contribution under a plan.
+
+    Args:
+      scores: from `score`; must hold the plan's candidates.
+      plan: for the same model.
+
+    Returns:
+      Per layer, float64 [N]: the predicted change of every example's loss; zeros for float.
+
+    Raises:
+      PlanError: a format of the plan was not scored.
+    """
+    check_plan(plan, scores.table)
+    result = {}
+    for name, layer in plan.layers.items():
+        total = np.zeros(len(scores), np.float64)
+        for part in _parts(scores, name, layer):
+            total += part
+        result[name] = total
+    return result
+
+
+def _parts(scores: Scores, name: str, layer: LayerPlan) -> list[np.ndarray]:
+    parts = []
+    try:
+        if layer.weight_bits < FLOAT_BITS:
+            parts.append(scores.weight(name, Candidate(layer.weight_bits, layer.weight_rounding)))
+        rows = scores.table.layer[name].activations
+        for row, rounding in zip(rows, layer.rounding, strict=False):
+            candidate = Candidate(layer.activation_bits, rounding)
+            parts.append(scores.activation(row.site, row.position, candidate))
+    except ValueError as error:
+        raise PlanError(f"layer {name}: the format {layer.format} was not scored") from error
+    return parts

@@ -1,0 +1,109 @@
+"""A model whose quantization noise can be switched on site by site, compiled once.
+
+The expensive reference: measuring a candidate needs a forward pass of its own. Which noise is on
+is an input, so all of them run through one compiled function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrmils.graph import Graph, SiteCall, interpret
+from jaxrmils.numerics import fake_quant
+from jaxrmils.numerics.calibration import Ranges
+from jaxrmils.sensitivity.candidates import (
+    ACTIVATION_CANDIDATES,
+    WEIGHT_CANDIDATES,
+    Candidate,
+)
+from jaxrmils.sensitivity.tangent import Loss, check_ranges, weight_noise
+
+FLOAT = 0  # a switch in this position leaves its operand alone; k + 1 is candidate k
+
+
+def perturbed_losses(
+    graph: Graph,
+    params: Any,
+    inputs: Any,
+    targets: Any,
+    loss: Loss,
+    ranges: Ranges,
+    activation_switches: Mapping[str, Any],
+    weight_switches: Mapping[str, Any],
+    *,
+    activation_candidates: Sequence[Candidate] = ACTIVATION_CANDIDATES,
+    weight_candidates: Sequence[Candidate] = WEIGHT_CANDIDATES,
+    noise: Mapping[str, tuple[Any, ...]] | None = None,
+) -> Any:
+    """Per-example losses with simulated quantization wherever a switch says so.
+
+    Args:
+      graph: from `trace`.
+      params: the parameters.
+      inputs: pytree with a leading batch axis.
+      targets: pytree with the same leading axis.
+      loss: `loss(outputs, targets) -> [batch]`.
+      ranges: from `calibrate`.
+      activation_switches: per site, int32 [operands]; 0 is float, k + 1 is candidate k.
+      weight_switches: per weight name, int32 scalar, likewise.
+      activation_candidates: what the activation switches mean.
+      weight_candidates: what the weight switches mean.
+      noise: `weight_noise(graph, params, weight_candidates)` if already known.
+
+    Returns:
+      float32 [batch].
+
+    Raises:
+      ScoreError: the ranges are another model's.
+    """
+    check_ranges(graph, ranges)
+    if noise is None:
+        noise = weight_noise(graph, params, weight_candidates)
+
+    def handler(call: SiteCall) -> tuple[Any, Any]:
+        site, operands = call.site, list(call.operands())
+        for position, index in enumerate(site.activations):
+            if site.name in activation_switches:
+                switch = activation_switches[site.name][position]
+                grids = call.state[position]
+                operands[index] = _switched(
+                    operands[index],
+                    switch,
+                    [
+                        lambda x, c=c, g=grids: fake_quant(x, g[c.bits], c.rounding)
+                        for c in activation_candidates
+                    ],
+                )
+        if site.weight is not None and site.weight.name in weight_switches:
+            index = site.weight.operand
+            deltas = [call.view(delta) for delta in call.weight]
+            operands[index] = _switched(
+                operands[index],
+                weight_switches[site.weight.name],
+                [lambda w, d=d: (w.astype(jnp.float32) + d).astype(w.dtype) for d in deltas],
+            )
+        return call.bind_highest(*operands), None
+
+    leaves = jax.tree.leaves(params)
+    outputs, _ = interpret(graph, handler, leaves, inputs, weights=noise, state=ranges.grids)
+    return loss(outputs, targets).astype(jnp.float32)
+
+
+def _switched(x: Any, switch: Any, changes: list[Any]) -> Any:
+    return jax.lax.switch(switch, [lambda x: x, *changes], x)
+
+
+def all_off(graph: Graph, ranges: Ranges) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Switches that leave everything in float.
+
+    Returns:
+      `(activation_switches, weight_switches)` for `perturbed_losses`.
+    """
+    activations = {
+        site: jnp.zeros(len(stats), jnp.int32) for site, stats in ranges.stats.items() if stats
+    }
+    return activations, {name: jnp.int32(FLOAT) for name in graph.weights}

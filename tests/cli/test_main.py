@@ -1,0 +1,157 @@
+"""The command line as a user meets it: output, files, exit codes, errors."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jaxrmils.cli.main import BAD_INPUT, NOT_LOSSLESS, OK, USAGE, main
+
+CONFIG = """
+from jaxrmils.cli.defaults import base_config
+
+def get_config():
+    config = base_config()
+    config.task = "tiny_task.py:build"
+    config.batch_size = 50
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "config.py").write_text(CONFIG)
+    shutil.copy(Path(__file__).parent / "tiny_task.py", folder / "tiny_task.py")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    out = folder / "run"
+    assert main(["quantize", "--config", f"{folder}/config.py", "--out", str(out)]) == OK
+    return out
+
+
+def test_quantize_writes_a_run_that_people_and_machines_can_read(run):
+    plan = json.loads((run / "plan.json").read_text())
+    report = json.loads((run / "report.json").read_text())
+    assert list(plan["layers"]) == ["Dense_0/kernel", "Dense_1/kernel"]
+    assert report["quantized_bits"] < report["float_bits"]
+    assert [c["name"] for c in report["comparisons"]] == ["uniform int8", "uniform int4"]
+    assert {"plan.json", "scores", "model", "run.json", "report.json"} == {
+        path.name for path in run.iterdir()
+    }
+
+
+def test_quantize_prints_the_table_and_the_verdict(folder, capsys):
+    code = main(
+        ["quantize", "--config", f"{folder}/config.py", "--out", f"{folder}/again", "--quiet"]
+    )
+    out = capsys.readouterr().out
+    assert code == OK
+    for words in ("Dense_0/kernel", "w8a8", "predicted", "measured", "Verdict", "Files"):
+        assert words in out
+
+
+def test_json_goes_to_stdout_alone(folder, capsys):
+    arguments = ["quantize", "--config", f"{folder}/config.py", "--out", f"{folder}/json", "--json"]
+    assert main(arguments) == OK
+    data = json.loads(capsys.readouterr().out)
+    assert data["verdict"] and data["layers"][0]["name"] == "Dense_0/kernel"
+
+
+def test_a_threshold_that_nothing_reaches_is_said(folder, capsys):
+    out = f"{folder}/float"
+    arguments = ["quantize", "--config", f"{folder}/config.py", "--out", out]
+    assert main([*arguments, "--config.policy.mu=1000"]) == OK
+    assert "no layer's mu reaches the threshold 1000" in capsys.readouterr().out
+
+
+def test_inspect_lists_layers_and_coverage(folder, capsys):
+    assert main(["inspect", "--config", f"{folder}/config.py"]) == OK
+    out = capsys.readouterr().out
+    assert "2 of 2 dots and convolutions can be quantized" in out
+    assert main(["inspect", "--config", f"{folder}/config.py", "--json"]) == OK
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 2
+
+
+def test_evaluate_repeats_the_report(run, capsys):
+    assert main(["evaluate", str(run), "--json"]) == OK
+    data = json.loads(capsys.readouterr().out)
+    report = json.loads((run / "report.json").read_text())
+    assert data["examples"] == 150
+    assert data["change"]["mean"] == pytest.approx(report["test"]["mean"], abs=1e-7)
+
+
+def test_evaluate_on_another_split_gives_no_certificate(run, capsys):
+    arguments = ["evaluate", str(run), "--split", "selection", "--require-lossless"]
+    assert main(arguments) == NOT_LOSSLESS
+    assert "no certificate" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_other_splits(run, capsys):
+    assert main(["evaluate", str(run), "--config.seed=1"]) == BAD_INPUT
+    assert "fingerprint" in capsys.readouterr().err
+
+
+def test_evaluate_names_a_damaged_file(run, folder, capsys):
+    damaged = folder / "damaged"
+    shutil.copytree(run, damaged)
+    arrays = next((damaged / "model").glob("*.safetensors"))
+    arrays.write_bytes(arrays.read_bytes()[:-7])
+    assert main(["evaluate", str(damaged)]) == BAD_INPUT
+    assert arrays.name in capsys.readouterr().err.replace("\n", "")
+    assert main(["evaluate", str(folder / "nowhere")]) == BAD_INPUT
+
+
+def test_require_lossless_is_an_exit_code(folder):
+    arguments = ["quantize", "--config", f"{folder}/config.py", "--out", f"{folder}/strict"]
+    uniform = ["--config.policy.name=uniform", "--config.policy.format=int4"]
+    assert main([*arguments, "--require-lossless", *uniform, "--config.verify.margin=1e-9"]) == (
+        NOT_LOSSLESS
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--config.policy.muu=1"], USAGE, "did you mean policy.mu"),
+        (["--oot", "x"], USAGE, "unknown argument '--oot'; did you mean --out"),
+        (["--config.policy.skip=Dens_0*"], USAGE, "matches no layer; near matches: Dense_0/kernel"),
+        (["--config.policy.force=Dense_0/*=w3"], USAGE, "unknown format 'w3'"),
+        (["--config.policy.force=Dense_0"], USAGE, "write glob=format"),
+        (["--config.policy.name=hawq"], USAGE, "policy.name is 'hawq'"),
+        (["--config.ranges.estimator=kl"], USAGE, "ranges.estimator is 'kl'"),
+        (["--config.batch_size=0"], USAGE, "batch_size 0"),
+        (["--config.task=tiny_task.py:broken_data"], BAD_INPUT, "NaN"),
+        (["--config.task=tiny_task.py:not_a_task"], USAGE, "not a Task"),
+        (["--config.task=tiny_task.py:nothing"], USAGE, "has no function nothing"),
+    ],
+)
+def test_errors_name_the_culprit_and_write_nothing(folder, capsys, arguments, code, message):
+    out = folder / "never"
+    found = main(
+        ["quantize", "--config", f"{folder}/config.py", "--out", str(out), "--quiet", *arguments]
+    )
+    assert found == code
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+
+
+def test_quantize_without_out_says_so(folder, capsys):
+    assert main(["quantize", "--config", f"{folder}/config.py"]) == USAGE
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["inspect"], ["quantize"], ["evaluate"]])
+def test_help_teaches(command, capsys):
+    assert main([*command, "--help"]) == OK
+    out = capsys.readouterr().out
+    assert "exit codes" in out and "usage: jaxrmils" in out
+
+
+def test_a_batch_larger_than_the_data_is_cut_down(folder):
+    arguments = ["quantize", "--config", f"{folder}/config.py", "--out", f"{folder}/large"]
+    assert main([*arguments, "--config.batch_size=100000"]) == OK

@@ -1,0 +1,233 @@
+"""`dot_int32` against numpy int64, for every order of dims; and what it lowers to."""
+
+import re
+import string
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from jaxrmils.lowering.integer_dot import (
+    check_accumulator,
+    dot_int32,
+    operand_sum,
+    output_scale,
+    sum_to_output,
+)
+
+MATMUL = (((1,), (0,)), ((), ()))
+# Few shapes, each met in many orders of its dims: sizes of batch, contracting and free dims.
+FAMILIES = [
+    ((), (5,), (3,), (2,)),
+    ((), (5,), (1,), (4,)),
+    ((), (2, 3), (), (4,)),
+    ((), (4,), (1, 1), (2,)),
+    ((), (), (2,), (3,)),
+    ((2,), (3,), (4,), ()),
+    ((2, 3), (4,), (1,), (2,)),
+    ((3,), (2, 2), (2, 1), (3,)),
+]
+
+
+def reference(lhs, rhs, dimension_numbers, lhs_zero_point=0, rhs_zero_point=0):
+    """The dot as an einsum of int64: one letter per dim."""
+    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
+    letters = iter(string.ascii_letters)
+    left = [next(letters) for _ in range(lhs.ndim)]
+    right = [next(letters) for _ in range(rhs.ndim)]
+    for i, j in zip((*lhs_contracting, *lhs_batch), (*rhs_contracting, *rhs_batch), strict=True):
+        right[j] = left[i]
+    out = [left[i] for i in lhs_batch]
+    out += [left[i] for i in range(lhs.ndim) if i not in (*lhs_contracting, *lhs_batch)]
+    out += [right[j] for j in range(rhs.ndim) if j not in (*rhs_contracting, *rhs_batch)]
+    spec = f"{''.join(left)},{''.join(right)}->{''.join(out)}"
+    left_values = np.asarray(lhs, np.int64) - lhs_zero_point
+    return np.einsum(spec, left_values, np.asarray(rhs, np.int64) - rhs_zero_point)
+
+
+def codes(seed, shape, bits=8, extreme=False):
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    rng = np.random.default_rng(seed)
+    if extreme:
+        return jnp.asarray(rng.choice([low, high], shape, p=[0.9, 0.1]), jnp.int8)
+    return jnp.asarray(rng.integers(low, high + 1, shape), jnp.int8)
+
+
+def assert_exact(actual, expected):
+    assert actual.dtype == jnp.int32
+    np.testing.assert_array_equal(np.asarray(actual, np.int64), expected)
+
+
+@st.composite
+def dots(draw):
+    """Operand shapes with their dims in any order, and the matching dimension numbers."""
+    batch, contracting, lhs_free, rhs_free = draw(st.sampled_from(FAMILIES))
+    shapes, dims = [], []
+    for free in (lhs_free, rhs_free):
+        sizes = (*batch, *contracting, *free)
+        place = draw(st.permutations(range(len(sizes))))
+        shape = [0] * len(sizes)
+        for size, position in zip(sizes, place, strict=True):
+            shape[position] = size
+        shapes.append(tuple(shape))
+        dims.append((tuple(place[len(batch) :][: len(contracting)]), tuple(place[: len(batch)])))
+    (lhs_contracting, lhs_batch), (rhs_contracting, rhs_batch) = dims
+    return *shapes, ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))
+
+
+zero_points = st.none() | st.sampled_from([-128, -1, 0, 127]) | st.integers(-128, 127)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    dots(),
+    zero_points,
+    zero_points,
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["cpu", "cuda", "tpu"]),
+)
+def test_any_order_of_dims(dot, lhs_zero_point, rhs_zero_point, precomputed, seed, backend):
+    lhs_shape, rhs_shape, dimension_numbers = dot
+    lhs, rhs = codes(seed, lhs_shape), codes(seed + 1, rhs_shape, extreme=seed % 2 == 0)
+    points = {
+        "lhs_zero_point": None if lhs_zero_point is None else jnp.int32(lhs_zero_point),
+        "rhs_zero_point": None if rhs_zero_point is None else jnp.int32(rhs_zero_point),
+    }
+    if precomputed:
+        points["lhs_sum"] = operand_sum(lhs, dimension_numbers, "lhs")
+        points["rhs_sum"] = operand_sum(rhs, dimension_numbers, "rhs")
+    out = dot_int32(lhs, rhs, dimension_numbers, **points, backend=backend)
+    expected = reference(lhs, rhs, dimension_numbers, lhs_zero_point or 0, rhs_zero_point or 0)
+    assert_exact(out, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(dots(), st.booleans(), st.booleans())
+def test_scales_follow_their_channels(dot, lhs_scalar, rhs_scalar):
+    lhs_shape, rhs_shape, dimension_numbers = dot
+    (lhs_contracting, rhs_contracting), _ = dimension_numbers
+    lhs, rhs = codes(1, lhs_shape), codes(2, rhs_shape)
+    scales, factors = [], []
+    for operand, contracting, scalar in (
+        (lhs, lhs_contracting, lhs_scalar),
+        (rhs, rhs_contracting, rhs_scalar),
+    ):
+        shape = [1 if d in contracting else n for d, n in enumerate(operand.shape)]
+        # Powers of two, so that products of scales are exact.
+        scale = np.exp2(np.arange(np.prod(shape, dtype=int)) % 7).astype(np.float32)
+        scales.append(np.float32(2.0) if scalar else scale.reshape(shape))
+        factors.append(np.asarray(operand, np.int64) * scales[-1].astype(np.int64))
+    scale = output_scale(*map(jnp.asarray, scales), dimension_numbers, lhs.ndim, rhs.ndim)
+    assert scale.dtype == jnp.float32
+    out = np.asarray(dot_int32(lhs, rhs, dimension_numbers), np.float64) * np.asarray(scale)
+    np.testing.assert_array_equal(out, reference(*factors, dimension_numbers))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("k", "lhs_zero_point", "rhs_zero_point"),
+    [(131_071, None, None), (65_536, 127, None), (65_536, None, -128), (33_025, 127, 127)],
+)
+def test_largest_sums(rows, k, lhs_zero_point, rhs_zero_point):
+    lhs, rhs = jnp.full((rows, k), -128, jnp.int8), jnp.full((k, 2), -128, jnp.int8)
+    out = dot_int32(
+        lhs,
+        rhs,
+        MATMUL,
+        lhs_zero_point=None if lhs_zero_point is None else jnp.int32(lhs_zero_point),
+        rhs_zero_point=None if rhs_zero_point is None else jnp.int32(rhs_zero_point),
+    )
+    assert_exact(out, reference(lhs, rhs, MATMUL, lhs_zero_point or 0, rhs_zero_point or 0))
+
+
+def test_overflow_is_refused_before_running():
+    def trace(k, zero_point=None, **bits):
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.int8) for shape in ((2, k), (k, 2))]
+        points = {"lhs_zero_point": zero_point, "rhs_zero_point": zero_point}
+        jax.eval_shape(lambda lhs, rhs: dot_int32(lhs, rhs, MATMUL, **points, **bits), *shapes)
+
+    trace(131_071)
+    with pytest.raises(ValueError, match=r"K = 131072 .*128 \* 128.*limit is K = 131071"):
+        trace(131_072)
+    with pytest.raises(ValueError, match=r"K = 33026 .*255 \* 255.*limit is K = 33025"):
+        trace(33_026, jnp.int32(3))
+    trace(1_000_000, jnp.int32(3), lhs_bits=4, rhs_bits=4)
+    with pytest.raises(ValueError, match="limit is K = 2147483647"):
+        check_accumulator(2**31, 1, 1)
+
+
+def test_wrong_arguments_are_named():
+    lhs, rhs = codes(0, (2, 3)), codes(1, (3, 4))
+    with pytest.raises(TypeError, match="int8 or int4, found float32"):
+        dot_int32(lhs.astype(jnp.float32), rhs, MATMUL)
+    with pytest.raises(ValueError, match=r"rhs zero point must be a scalar, found shape \(4,\)"):
+        dot_int32(lhs, rhs, MATMUL, rhs_zero_point=jnp.zeros(4, jnp.int32))
+    with pytest.raises(TypeError, match="lhs zero point must be an integer"):
+        dot_int32(lhs, rhs, MATMUL, lhs_zero_point=jnp.float32(1))
+    with pytest.raises(ValueError, match=r"rhs values of shape \(4, 1\) must have 1 dims"):
+        sum_to_output(jnp.zeros((4, 1)), MATMUL, 2, 2, "rhs")
+    with pytest.raises(ValueError, match="size 1 on the contracting dims"):
+        output_scale(jnp.ones(()), jnp.ones((3, 4)), MATMUL, 2, 2)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_jit_and_vmap(rows):
+    lhs, rhs = codes(3, (4, rows, 6)), codes(4, (6, 5))
+    points = {"lhs_zero_point": jnp.int32(-128), "rhs_zero_point": jnp.int32(9)}
+    dot = jax.jit(lambda lhs, rhs: dot_int32(lhs, rhs, MATMUL, **points))
+    expected = reference(lhs, rhs, (((2,), (0,)), ((), ())), -128, 9)
+    assert_exact(dot(lhs[0], rhs), expected[0])
+    assert_exact(jax.vmap(dot, in_axes=(0, None))(lhs, rhs), expected)
+    many = jnp.stack([rhs, rhs[::-1]])
+    assert_exact(
+        jax.vmap(dot, in_axes=(None, 0))(lhs[1], many)[1],
+        reference(lhs[1], many[1], MATMUL, -128, 9),
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "tpu"])
+def test_int4_arrays_are_exact(backend):
+    lhs, rhs = codes(5, (3, 8), bits=4), codes(6, (8, 2), bits=4)
+    int4 = jnp.int4
+    # XLA:CPU compiles no int4 x int4 dot: there, TPU's program is only lowered, further down.
+    pairs = [(lhs.astype(int4), rhs), (lhs, rhs.astype(int4))]
+    if backend != "tpu":
+        pairs.append((lhs.astype(int4), rhs.astype(int4)))
+    for left, right in pairs:
+        out = dot_int32(left, right, MATMUL, lhs_zero_point=jnp.int32(-8), backend=backend)
+        assert_exact(out, reference(lhs, rhs, MATMUL, -8))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    ("lhs_dtype", "rhs_dtype"),
+    [("int8", "int8"), ("int8", "int4"), ("int4", "int4")],
+)
+def test_lowered_operands_stay_narrow(backend, rows, lhs_dtype, rhs_dtype):
+    def dot(lhs, rhs, zero_point):
+        return dot_int32(lhs, rhs, MATMUL, lhs_zero_point=zero_point, backend=backend)
+
+    arguments = (
+        jax.ShapeDtypeStruct((rows, 64), lhs_dtype),
+        jax.ShapeDtypeStruct((64, 32), rhs_dtype),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    text = jax.jit(dot).trace(*arguments).lower(lowering_platforms=(backend,)).as_text()
+    (types,) = re.findall(r"stablehlo\.dot_general.*: \((.*)\) ->", text)
+    element = "i4" if backend == "tpu" and lhs_dtype == "int4" else "i8"
+    # On CPU the single row is the first of two, along a new axis.
+    shape = "2x1x64" if backend == "cpu" and rows == 1 else f"{rows}x64"
+    assert types == f"tensor<{shape}x{element}>, tensor<64x32x{element}>"
+
+
+def test_matches_dot_general_layout():
+    lhs, rhs = codes(7, (2, 3, 4, 5)), codes(8, (5, 6, 2))
+    dimension_numbers = (((3,), (0,)), ((0,), (2,)))
+    plain = lax.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=jnp.int32)
+    assert_exact(dot_int32(lhs, rhs, dimension_numbers), np.asarray(plain))

@@ -1,0 +1,427 @@
+"""Every quantized site of every reference model, against numpy and against its simulation."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import MODELS, model, random, resized
+from plans import FORMATS, integer_site_names, plan_of, quantized
+from stages import calibrated, float64, table_of, traced
+
+from jaxrmils import calibrate, quantize, tabulate, trace, uniform
+from jaxrmils.graph import TraceError, interpret
+from jaxrmils.lowering import LoweringError, QuantizedModel
+from jaxrmils.lowering.sites import exact_kernel, integer_kernel, run_quantized
+from jaxrmils.numerics import dequantize, fake_quant
+from jaxrmils.policies import PlanError
+
+INTEGER_FORMATS = [f for f in FORMATS if f not in ("w8", "w4")]
+
+
+# Sites alone: the same operands for the integer and the simulated kernel
+
+
+def site_results(name, kind):
+    """Per integer site (operands, codes, integer output, simulated output), in one program."""
+    graph, _, inputs = traced(name)
+    built = quantized(name, kind)
+    roundings = {}
+    for layer, sites in graph.layers.items():
+        remaining = iter(built.plan.layers[layer].rounding)
+        for site in sites:
+            roundings[site.name] = tuple(itertools.islice(remaining, len(site.activations)))
+    wanted = integer_site_names(name, kind)
+
+    def handler(call):
+        if call.site.name not in wanted:
+            if call.weight is None:
+                return call.bind(*call.operands()), None
+            operands = [
+                call.view(call.weight.tensor.dequantize(jnp.dtype(o.dtype)))
+                if o.role == "weight"
+                else call.operand(i)
+                for i, o in enumerate(call.site.operands)
+            ]
+            return call.bind(*operands), None
+        tensor, sums = None, None
+        if call.weight is not None:
+            tensor, sums = call.weight.tensor, call.weight.sums[call.site.name]
+        rest = (tensor, sums, call.state, roundings[call.site.name])
+        integer, codes = run_quantized(call, integer_kernel("cpu"), *rest)
+        simulated, again = run_quantized(call, exact_kernel, *rest)
+        operands = [call.operand(i) for i in call.site.activations]
+        fakes = [
+            fake_quant(x, g, r) for x, g, r in zip(operands, call.state, rest[-1], strict=True)
+        ]
+        restored = [
+            dequantize(c, g, x.dtype) for c, g, x in zip(codes, call.state, operands, strict=True)
+        ]
+        return integer, {
+            "integer": integer,
+            "simulated": simulated,
+            "codes": codes,
+            "codes again": again,
+            "fake": fakes,
+            "restored": restored,
+            "grids": call.state,
+        }
+
+    def run(params, inputs):
+        leaves = [params.leaves.get(leaf) for leaf in graph.leaf_names]
+        return interpret(
+            graph, handler, leaves, inputs, weights=params.weights, state=params.grids
+        )[1]
+
+    return jax.device_get(jax.jit(run)(built.params, inputs))
+
+
+def numpy_dot(lhs, rhs, numbers):
+    """An int64 dot, by einsum."""
+    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = numbers
+    letters = iter("abcdefghijklmnop")
+    left, right = [""] * lhs.ndim, [""] * rhs.ndim
+    for axes in ((lhs_batch, rhs_batch), (lhs_contracting, rhs_contracting)):
+        for i, j in zip(*axes, strict=True):
+            left[i] = right[j] = next(letters)
+    out = [left[i] for i in lhs_batch]
+    for side in (left, right):
+        for i, letter in enumerate(side):
+            if not letter:
+                side[i] = next(letters)
+                out.append(side[i])
+    return np.einsum(f"{''.join(left)},{''.join(right)}->{''.join(out)}", lhs, rhs)
+
+
+def numpy_conv(lhs, rhs, params):
+    """An int64 convolution of NHWC by HWIO, tap by tap."""
+    assert params["lhs_dilation"] == params["rhs_dilation"] == (1, 1)
+    lhs = np.pad(lhs, [(0, 0), *params["padding"], (0, 0)])
+    groups, strides = params["feature_group_count"], params["window_strides"]
+    taps, features = rhs.shape[:2], rhs.shape[3]
+    sizes = [(n - t) // s + 1 for n, t, s in zip(lhs.shape[1:3], taps, strides, strict=True)]
+    out = np.zeros((lhs.shape[0], *sizes, features), np.int64)
+    inputs, outputs = rhs.shape[2], features // groups
+    for (i, j), g in itertools.product(itertools.product(*map(range, taps)), range(groups)):
+        rows, columns = (
+            slice(start, start + (n - 1) * s + 1, s)
+            for start, n, s in zip((i, j), sizes, strides, strict=True)
+        )
+        part = lhs[:, rows, columns, g * inputs : (g + 1) * inputs]
+        here = slice(g * outputs, (g + 1) * outputs)
+        out[..., here] += part @ rhs[i, j, :, here]
+    return out
+
+
+def reference_output(graph, built, site, record, index):
+    """The output of one iteration: int64 products, then scales in float32.
+
+    The weight's scales belong to the output's last axes, or lead where the weight is the left
+    operand; `numpy_dot` of ones puts them there.
+    """
+    eqn = graph.traced.eqns[graph.sites.index(site)]
+    codes, scales = [None, None], [None, None]
+    stacked = tuple(i for i, loop in zip(index, site.loops, strict=True) if loop.stacked)
+    for position, operand in enumerate(site.activations):
+        grid = record["grids"][position]
+        codes[operand] = record["codes"][position][index].astype(np.int64)
+        codes[operand] = codes[operand] - np.asarray(grid.zero_point)[index]
+        scales[operand] = np.broadcast_to(np.asarray(grid.scale)[index], codes[operand].shape)
+    if site.weight is not None:
+        tensor = built.params.weights[site.weight.name].tensor
+        weight = np.asarray(tensor.codes(), np.int64)[stacked]
+        scale = np.broadcast_to(np.asarray(tensor.scale), tensor.shape)[stacked]
+        if site.weight.permutation is not None:
+            weight, scale = (x.transpose(site.weight.permutation) for x in (weight, scale))
+        codes[site.weight.operand], scales[site.weight.operand] = weight, scale
+    if site.kind == "conv":
+        act, kernel = float(scales[0].flat[0]), scales[1][0, 0, 0]
+        return numpy_conv(*codes, eqn.params), np.float32(act) * kernel
+    # Scales are constant along the contraction: the product of the operands' first slices.
+    numbers = eqn.params["dimension_numbers"]
+    firsts = []
+    for scale, axes in zip(scales, numbers[0], strict=True):
+        for axis in axes:
+            scale = np.take(scale, [0], axis)
+        firsts.append(scale)
+    return numpy_dot(*codes, numbers), numpy_dot(*firsts, numbers)
+
+
+def check_sites(name, kind):
+    """Bit equality of every site's integer operation, its simulation and numpy."""
+    graph, _, _ = traced(name)
+    built = quantized(name, kind)
+    results = site_results(name, kind)
+    assert set(results) == integer_site_names(name, kind)
+    for site in graph.sites:
+        if site.name not in results:
+            continue
+        record = results[site.name]
+        np.testing.assert_array_equal(record["integer"], record["simulated"])
+        for one, two in (("codes", "codes again"), ("fake", "restored")):
+            for a, b in zip(record[one], record[two], strict=True):
+                np.testing.assert_array_equal(a, b)
+        for codes, grid in zip(record["codes"], record["grids"], strict=True):
+            assert codes.dtype == np.int8
+            assert np.abs(codes.astype(int)).max() <= 2 ** (grid.bits - 1)
+        shape = record["integer"].shape[: len(site.loops)]
+        for index in np.ndindex(*shape):
+            if not any(np.any(f[index]) for f in record["fake"]):
+                continue  # A branch that was not taken leaves zeros.
+            total, scale = reference_output(graph, built, site, record, index)
+            expected = total.astype(np.int32).astype(np.float32) * scale.astype(np.float32)
+            expected = expected.astype(record["integer"].dtype)
+            np.testing.assert_array_equal(record["integer"][index], expected)
+
+
+@pytest.mark.parametrize("kind", INTEGER_FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_sites_bit_for_bit(name, kind):
+    check_sites(name, kind)
+
+
+# The whole model
+
+
+@pytest.mark.parametrize("name", ["cnn", "nnx_transformer", "scanned_stack", "cond_data"])
+def test_the_model_and_its_simulation(name):
+    _, _, inputs = traced(name)
+    built = quantized(name, "mixed")
+    run = jax.jit(built.apply_with_codes, static_argnames="mode")
+    outputs, codes = run(built.params, inputs)
+    simulated, simulated_codes = run(built.params, inputs, mode="simulate")
+    # The float parts compile differently, so a code may move by one where it was between two.
+    assert codes.keys() == simulated_codes.keys()
+    for site, values in codes.items():
+        for a, b in zip(values, simulated_codes[site], strict=True):
+            difference = np.abs(np.int32(a) - np.int32(b))
+            assert difference.max() <= 1 and difference.mean() < 0.01
+    np.testing.assert_allclose(float64(outputs), float64(simulated), atol=0.05)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", ["w8", "w4"])
+def test_weight_only_is_the_float_model_on_dequantized_weights(name, kind):
+    graph, params, inputs = traced(name)
+    built = quantized(name, kind)
+    weights = {n: w.tensor.dequantize() for n, w in built.params.weights.items()}
+
+    def handler(call):
+        operands = [
+            call.view(call.weight).astype(o.dtype)
+            if o.role == "weight" and call.weight is not None
+            else call.operand(i)
+            for i, o in enumerate(call.site.operands)
+        ]
+        return call.bind(*operands), None
+
+    @jax.jit
+    def both(quantized_params, leaves, inputs):
+        expected = interpret(graph, handler, leaves, inputs, weights=weights)[0]
+        return built.apply(quantized_params, inputs), expected
+
+    found, expected = both(built.params, jax.tree.leaves(params), inputs)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert found.dtype == expected.dtype
+    tolerance = 2e-2 if found.dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(float64(found), float64(expected), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["transformer", "cnn", "lstm", "tied_embedding"])
+def test_int8_is_close_to_float(name):
+    apply, params, inputs = model(name)
+    ranges = calibrate(traced(name)[0], params, [inputs], estimator="minmax")
+    built = quantize(traced(name)[0], params, uniform(table_of(name), "int8"), ranges)
+    expected = float64(apply(params, inputs))
+    error = np.abs(float64(jax.jit(built)(inputs)) - expected).max() / np.abs(expected).max()
+    assert error < 0.05
+
+
+@pytest.mark.parametrize("name", ["tied_embedding", "scanned_stack", "cond_data"])
+def test_other_batch_sizes_and_vmap(name):
+    _, _, inputs = traced(name)
+    built = quantized(name, "mixed")
+    whole = np.asarray(jax.jit(built)(inputs))
+    one = np.asarray(jax.jit(built)(resized(inputs, 1)))
+    np.testing.assert_allclose(one, whole[:1], atol=1e-5)
+    seven = np.asarray(jax.jit(built)(resized(inputs, 7)))
+    np.testing.assert_allclose(seven, whole[np.arange(7) % 4], atol=1e-5)
+    pair = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), inputs)
+    mapped = np.asarray(jax.jit(jax.vmap(built.apply, in_axes=(None, 0)))(built.params, pair))
+    np.testing.assert_allclose(mapped, np.stack([whole, whole[::-1]]), atol=1e-5)
+
+
+def test_jit_equals_eager():
+    _, _, inputs = traced("plain")
+    built = quantized("plain", "mixed")
+    np.testing.assert_allclose(jax.jit(built)(inputs), built(inputs), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "w4", "mixed"])
+def test_bfloat16_stays_bfloat16(kind):
+    apply, params, inputs = model("bfloat16_transformer")
+    built = quantized("bfloat16_transformer", kind)
+    found = jax.eval_shape(built.apply, built.params, inputs)
+    assert found == jax.eval_shape(apply, params, inputs)
+    assert found.dtype == jnp.bfloat16
+
+
+# Parameters and sizes
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_size_and_storage_by_hand(name, kind):
+    graph, params, _ = traced(name)
+    built = quantized(name, kind)
+    size = sum(leaf.size * leaf.dtype.itemsize * 8 for leaf in built.params.leaves.values())
+    for weight_name, stored in built.params.weights.items():
+        bits = built.plan.layers[weight_name].weight_bits
+        weight = graph.weights[weight_name]
+        assert stored.tensor.values.dtype == (jnp.uint8 if bits == 4 else jnp.int8)
+        rows = int(np.prod(weight.shape[:-1]))
+        per_row = -(-weight.shape[-1] // 2) if bits == 4 else weight.shape[-1]
+        assert stored.tensor.values.size == rows * per_row
+        size += bits * weight.size + 32 * stored.tensor.scale.size
+    for grids in built.params.grids.values():
+        size += sum((32 + 8) * grid.scale.size for grid in grids)
+    assert built.size_bits == size
+    # A leaf is kept in float only if something reads it in float.
+    quantized_leaves = {
+        leaf
+        for n, w in graph.weights.items()
+        if built.plan.layers[n].weight_bits < 32
+        for leaf in w.leaves
+    }
+    float_leaves = set(graph.traced.float_leaves) | {
+        leaf
+        for n, w in graph.weights.items()
+        if built.plan.layers[n].weight_bits == 32
+        for leaf in w.leaves
+    }
+    for index in quantized_leaves - float_leaves:
+        assert graph.leaf_names[index] not in built.params.leaves
+    assert len(built.params.leaves) <= len(jax.tree.leaves(params))
+
+
+# Other backends, without them
+
+
+def operand_types(name, kind, backend):
+    """Operand and result types of dots and convolutions in the lowered program."""
+    built = quantized(name, kind, backend)
+    _, _, inputs = traced(name)
+    lowered = jax.jit(built.apply).trace(built.params, inputs).lower(lowering_platforms=(backend,))
+    types = []
+    for line in lowered.as_text().splitlines():
+        if "stablehlo.dot_general" in line or "stablehlo.convolution" in line:
+            signature = line.rsplit(" : ", 1)[1]
+            types.append(tuple(t.split("x")[-1] for t in signature.split("tensor<")[1:]))
+    return sorted({tuple(t.split(">")[0] for t in each) for each in types})
+
+
+@pytest.mark.parametrize("backend", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", ["cnn", "transformer", "scanned_stack"])
+def test_lowering_for_accelerators_keeps_integers(name, backend):
+    assert operand_types(name, "int8", backend) == [("i8", "i8", "i32")]
+    assert operand_types(name, "w4a8", backend) == [("i8", "i8", "i32")]
+    both4 = operand_types(name, "int4", backend)
+    if backend == "cuda":
+        assert both4 == [("i8", "i8", "i32")]
+    else:  # Native int4 dots; convolutions widen.
+        assert ("i4", "i4", "i32") in both4 and {t[2] for t in both4} == {"i32"}
+    assert all(t[2] != "i32" for t in operand_types(name, "w8", backend))
+
+
+def test_int4_is_stored_natively_on_tpu():
+    built = quantized("plain", "w4a8", "tpu")
+    assert all(w.tensor.values.dtype == jnp.int4 for w in built.params.weights.values())
+    on_cpu = quantized("plain", "w4a8")
+    assert built.size_bits == on_cpu.size_bits
+    for name, stored in built.params.weights.items():
+        packed = on_cpu.params.weights[name].tensor
+        np.testing.assert_array_equal(stored.tensor.codes(), packed.codes())
+
+
+# Zero ranges
+
+
+def dense(w, x, kind, estimator="minmax"):
+    params = {"w": jnp.asarray(w, jnp.float32)}
+    graph = trace(lambda p, x: x @ p["w"], params, x)
+    ranges = calibrate(graph, params, [x], estimator=estimator)
+    return quantize(graph, params, uniform(tabulate(graph), kind), ranges)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "w4"])
+def test_an_all_zero_channel_gives_zeros(kind):
+    w = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    w[:, 2] = 0
+    x = random(4, 5)
+    out = np.asarray(dense(w, x, kind)(x))
+    assert np.all(np.isfinite(out)) and np.all(out[:, 2] == 0)
+    assert np.abs(out - np.asarray(x) @ w).max() < (0.05 if kind == "int8" else 1.0)
+
+
+@pytest.mark.parametrize("estimator", ["minmax", "mse"])
+@pytest.mark.parametrize("value", [0.0, 0.7, -0.7])
+def test_a_constant_activation_is_exact(value, estimator):
+    w = np.array([[127.0, -127.0], [1.0, 64.0]], np.float32)  # on their grids in int8
+    x = jnp.full((4, 2), value)
+    out = np.asarray(dense(w, x, "int8", estimator)(x))
+    np.testing.assert_allclose(out, np.asarray(x) @ w, rtol=1e-2, atol=1e-6)
+
+
+def test_all_zero_weights_and_inputs():
+    out = np.asarray(dense(np.zeros((3, 2)), jnp.zeros((4, 3)), "int4")(jnp.zeros((4, 3))))
+    np.testing.assert_array_equal(out, 0)
+
+
+# Errors
+
+
+def test_plans_and_ranges_of_another_model_are_refused():
+    graph, params, _ = traced("plain")
+    plan, ranges = plan_of("plain", "int8"), calibrated("plain")
+    with pytest.raises(PlanError, match="plan was made for another model"):
+        quantize(graph, params, plan_of("custom_rules", "int8"), ranges)
+    with pytest.raises(PlanError, match="ranges were calibrated on another model"):
+        quantize(graph, params, plan, calibrated("custom_rules"))
+    with pytest.raises(TraceError, match="params do not fit"):
+        quantize(graph, {**params, "left": jnp.ones((6, 7))}, plan, ranges)
+
+
+def test_an_unreached_site_must_stay_float():
+    graph, params, _ = traced("cond_parameter")
+    with pytest.raises(PlanError, match="site no is planned in int8, but no calibration example"):
+        quantize(
+            graph, params, uniform(table_of("cond_parameter"), "int8"), calibrated("cond_parameter")
+        )
+    assert isinstance(quantized("cond_parameter", "int8"), QuantizedModel)
+
+
+def test_an_unknown_mode_is_refused():
+    built = quantized("plain", "int8")
+    with pytest.raises(ValueError, match="mode 'exact'"):
+        built.apply(built.params, traced("plain")[2], mode="exact")
+
+
+def test_a_sum_that_could_overflow_names_its_site():
+    struct = jax.ShapeDtypeStruct
+    built = dense(np.ones((4, 2)), random(4, 4), "int8")
+    long = 70_000
+    graph = trace(
+        lambda p, x: x @ p["w"],
+        {"w": struct((long, 2), jnp.float32)},
+        struct((2, long), jnp.float32),
+    )
+    wide = dataclasses.replace(built, graph=graph)
+    weight = built.params.weights["w"]
+    tensor = dataclasses.replace(weight.tensor, values=jnp.ones((long, 2), jnp.int8))
+    params = dataclasses.replace(
+        built.params, weights={"w": dataclasses.replace(weight, tensor=tensor)}
+    )
+    with pytest.raises(LoweringError, match=r"site w: K = 70000 .* can overflow int32"):
+        jax.eval_shape(wide.apply, params, struct((2, long), jnp.float32))
