@@ -1,7 +1,7 @@
 """RMILS on a small CNN and MNIST's 5,000 embedded images.
 
-    jaxrmils quantize --config configs/mnist_cnn.py --out runs/mnist
-    jaxrmils quantize --config configs/mnist_cnn.py --config.policy.mu=0.4 --out runs/mnist_mu04
+jaxrmils quantize --config configs/mnist_cnn.py --out runs/mnist
+jaxrmils quantize --config configs/mnist_cnn.py --config.policy.mu=0.4 --out runs/mnist_mu04
 """
 
 from jaxrmils.cli.defaults import base_config

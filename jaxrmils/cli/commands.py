@@ -82,7 +82,7 @@ def quantize(args: argparse.Namespace) -> Outcome:
     return _run(args, config, args.config)
 
 
-def _run(args: argparse.Namespace, config: ConfigDict, path: str | None) -> Outcome:
+def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
     console = _console(args)
     result = pipeline.run(config, path, _progress(args))
     written = pipeline.save(result, config, path, args.out)
@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace, config: ConfigDict, path: str | None) -> Outc
     return Outcome(data, result.report.test.passed)
 
 
-def _nothing_passed(config: ConfigDict) -> str:
+def _nothing_passed(config: Any) -> str:
     if config.policy.name != "rmils":
         return "Note       the plan leaves every layer in float"
     return (
@@ -107,7 +107,9 @@ def _nothing_passed(config: ConfigDict) -> str:
 
 
 def _comparison_table(result: pipeline.Result) -> Table:
-    table = Table(title="Beside it, on the same held-out data", title_justify="left", pad_edge=False)
+    table = Table(
+        title="Beside it, on the same held-out data", title_justify="left", pad_edge=False
+    )
     table.add_column("plan")
     table.add_column("size", justify="right")
     table.add_column("Δloss", justify="right")
@@ -154,8 +156,8 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     if task.splits.fingerprint != info["splits"]:
         raise DataError(
             f"{folder}: the run's splits have the fingerprint {info['splits'][:12]}, this task's "
-            f"have {task.splits.fingerprint[:12]}: other data, sizes or seed, so that examples that "
-            "chose the plan could judge it"
+            f"have {task.splits.fingerprint[:12]}: other data, sizes or seed, so that examples "
+            "that chose the plan could judge it"
         )
     model = artifacts.load_model(folder / "model", task.apply)
     held_out = pipeline.batches(task.split(args.split), config.batch_size)
@@ -177,9 +179,7 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     passed = False
     if not args.no_float:
         params = task.load_params()
-        before = measure(
-            model.graph, lambda x: task.apply(params, x), held_out, task.loss
-        )
+        before = measure(model.graph, lambda x: task.apply(params, x), held_out, task.loss)
         margin = config.verify.margin or default_margin(float(before.loss.mean()))
         test = noninferiority(after.loss - before.loss, margin=margin, alpha=config.verify.alpha)
         passed = test.passed

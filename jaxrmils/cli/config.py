@@ -17,7 +17,7 @@ class ConfigError(ValueError):
     """A config file or an override that cannot be used."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """Runs a config file's `get_config()` and applies overrides.
 
     Args:
@@ -33,11 +33,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     config = _run_file(Path(path), "get_config")()
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not a ConfigDict")
+        raise ConfigError(
+            f"{path}: get_config() returned {type(config).__name__}, not a ConfigDict"
+        )
     return apply_overrides(config, overrides)
 
 
-def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> Any:
     """A copy of the config with fields replaced; see `load_config`.
 
     >>> from jaxrmils.cli.defaults import base_config
@@ -93,9 +95,11 @@ def _parse(text: str, current: Any) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False}.get(text.lower(), text)
-    if isinstance(current, tuple) and not isinstance(value, (tuple, list)):
-        value = tuple(text.split(",")) if isinstance(value, str) else (value,)
-    return tuple(value) if isinstance(current, tuple) else value
+    if not isinstance(current, tuple):
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple(value)
+    return tuple(text.split(",")) if isinstance(value, str) else (value,)
 
 
 def resolve_function(name: str, config_path: str | Path | None = None) -> Any:
@@ -110,7 +114,9 @@ def resolve_function(name: str, config_path: str | Path | None = None) -> Any:
     """
     module, separator, function = name.rpartition(":")
     if not separator:
-        raise ConfigError(f"task {name!r}: write mnist_cnn, package.module:function or file.py:function")
+        raise ConfigError(
+            f"task {name!r}: write mnist_cnn, package.module:function or file.py:function"
+        )
     if module.endswith(".py"):
         beside = Path(config_path).parent / module if config_path else Path(module)
         return _run_file(beside if beside.exists() else Path(module), function)

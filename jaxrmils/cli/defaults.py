@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
-def base_config() -> ConfigDict:
+def base_config() -> Any:
     """A config with every field that the commands read; its types are checked on override.
 
     >>> base_config().policy.name
     'rmils'
     """
-    config = ConfigDict()
+    config: Any = ConfigDict()  # its fields are not known to type checkers
     config.seed = 0
     # A task: "mnist_cnn", "package.module:function" or "file.py:function". The function gets this
     # config and a progress drawer and returns a `jaxrmils.data.Task`.

@@ -80,7 +80,9 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     trace, calibrate, score, plan, quantize to real integer operations, verify on images that
     chose nothing, save. No network, no files needed.
     """
-    parser.add_argument("--out", default="runs/demo", help="folder of the run (default: %(default)s)")
+    parser.add_argument(
+        "--out", default="runs/demo", help="folder of the run (default: %(default)s)"
+    )
     _add_require(parser)
     parser.set_defaults(run=commands.demo)
 
@@ -213,4 +215,3 @@ def entry_point() -> None:
 
 if __name__ == "__main__":
     entry_point()
-

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxrmils import artifacts
 from jaxrmils.cli.config import ConfigError, resolve_function
@@ -70,7 +69,7 @@ class Result:
     comparisons: tuple[Comparison, ...]
 
 
-def make_task(config: ConfigDict, path: str | Path | None, progress: Progress = silent) -> Task:
+def make_task(config: Any, path: str | Path | None, progress: Progress = silent) -> Task:
     """The task that a config names.
 
     Args:
@@ -101,7 +100,7 @@ def trace_task(task: Task) -> Graph:
     return trace(task.apply, task.shapes, inputs)
 
 
-def make_plan(config: ConfigDict, graph: Graph, scores: Scores) -> Plan:
+def make_plan(config: Any, graph: Graph, scores: Scores) -> Plan:
     """The plan of the configured policy.
 
     Raises:
@@ -126,7 +125,7 @@ def make_plan(config: ConfigDict, graph: Graph, scores: Scores) -> Plan:
     )
 
 
-def check_config(config: ConfigDict, graph: Graph) -> None:
+def check_config(config: Any, graph: Graph) -> None:
     """Finds mistakes in a config before anything expensive runs.
 
     Raises:
@@ -148,8 +147,8 @@ def check_config(config: ConfigDict, graph: Graph) -> None:
             raise ConfigError(f"config field {field} is {value!r}; expected one of {words}")
     if config.batch_size < 1 or config.verify.margin < 0 or not 0 < config.verify.alpha < 0.5:
         raise ConfigError(
-            f"batch_size {config.batch_size}, verify.margin {config.verify.margin} and verify.alpha "
-            f"{config.verify.alpha}: expected at least 1, at least 0, and between 0 and 0.5"
+            f"batch_size {config.batch_size}, verify.margin {config.verify.margin} and "
+            f"verify.alpha {config.verify.alpha}: expected at least 1, at least 0, and between 0 and 0.5"
         )
     Constraints(policy.skip, _forced(policy.force)).resolve(tabulate(graph))
     for name in (policy.format, *config.verify.compare):
@@ -161,12 +160,14 @@ def _forced(entries: tuple[str, ...]) -> dict[str, str]:
     for entry in entries:
         pattern, separator, format_ = entry.rpartition("=")
         if not separator:
-            raise ConfigError(f"policy.force holds {entry!r}; write glob=format, as in Dense_*=w8a8")
+            raise ConfigError(
+                f"policy.force holds {entry!r}; write glob=format, as in Dense_*=w8a8"
+            )
         force[pattern] = format_
     return force
 
 
-def run(config: ConfigDict, path: str | Path | None = None, progress: Progress = silent) -> Result:
+def run(config: Any, path: str | Path | None = None, progress: Progress = silent) -> Result:
     """Runs the main job.
 
     Args:
@@ -221,7 +222,7 @@ def run(config: ConfigDict, path: str | Path | None = None, progress: Progress =
 
 
 def _compare(
-    config: ConfigDict,
+    config: Any,
     graph: Graph,
     params: Any,
     ranges: Ranges,
@@ -248,7 +249,7 @@ def _compare(
     return tuple(result)
 
 
-def save(result: Result, config: ConfigDict, path: str | Path | None, out: str | Path) -> list[str]:
+def save(result: Result, config: Any, path: str | Path | None, out: str | Path) -> list[str]:
     """Writes a run's files.
 
     Args:

@@ -172,9 +172,7 @@ def layer_switches(graph: Graph, ranges: Ranges, plan: Plan, name: str) -> tuple
     return activations, weights
 
 
-def code_agreement(
-    model: QuantizedModel, inputs: Any
-) -> dict[str, tuple[float, int]]:
+def code_agreement(model: QuantizedModel, inputs: Any) -> dict[str, tuple[float, int]]:
     """How the integer model's activation codes differ from the simulation's, end to end.
 
     Every site agrees bit for bit on identical inputs; between sites, a last-place difference in a

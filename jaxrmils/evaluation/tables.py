@@ -88,7 +88,7 @@ def coverage_table(graph: Graph, table: ModelTable) -> Group:
     layers.add_column("MACs", justify="right")
     for row in table.layers:
         weight = graph.weights.get(row.name)
-        shape = "×".join(map(str, weight.shape)) if weight else "activation × activation"
+        shape = "x".join(map(str, weight.shape)) if weight else "activation x activation"
         layers.add_row(
             row.name,
             " ".join(row.kinds),

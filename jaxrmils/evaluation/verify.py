@@ -209,7 +209,7 @@ def _notes(model: QuantizedModel) -> tuple[str, ...]:
     formats = {layer.format for layer in model.plan.layers.values()}
     if model.backend == "cpu" and formats & {"w4a4", "w4a8", "w4"}:
         notes.append(
-            "int4 weights are smaller but not faster on CPU: they are unpacked to int8 in every call"
+            "int4 weights are smaller but not faster on CPU: every call unpacks them to int8"
         )
     if model.backend == "cpu" and formats & {"w8", "w4"}:
         notes.append("weight-only formats save memory, not time: the operation stays float")

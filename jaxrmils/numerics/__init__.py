@@ -2,6 +2,10 @@
 
 from jaxrmils.numerics.aciq import Distribution as Distribution
 from jaxrmils.numerics.aciq import clip_factor as clip_factor
+from jaxrmils.numerics.calibration import CalibrationError as CalibrationError
+from jaxrmils.numerics.calibration import Ranges as Ranges
+from jaxrmils.numerics.calibration import calibrate as calibrate
+from jaxrmils.numerics.calibration import make_ranges as make_ranges
 from jaxrmils.numerics.exact import divide_exactly as divide_exactly
 from jaxrmils.numerics.formats import BITS as BITS
 from jaxrmils.numerics.formats import ROUNDINGS as ROUNDINGS
@@ -25,7 +29,3 @@ from jaxrmils.numerics.ranges import estimate_range as estimate_range
 from jaxrmils.numerics.ranges import histogram as histogram
 from jaxrmils.numerics.sizes import format_size as format_size
 from jaxrmils.numerics.sizes import size_bits_float as size_bits_float
-from jaxrmils.numerics.calibration import CalibrationError as CalibrationError
-from jaxrmils.numerics.calibration import Ranges as Ranges
-from jaxrmils.numerics.calibration import calibrate as calibrate
-from jaxrmils.numerics.calibration import make_ranges as make_ranges

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Float32, Int8, Int32, PRNGKeyArray
 from jaxrmils.numerics.exact import divide_exactly
 from jaxrmils.numerics.formats import ROUNDINGS, Rounding, code_range
 
-
 # In steps. The quotient of a grid value is off by at most 255 * 2^-23 < 2^-14.
 _ON_GRID = 2.0**-14
 
@@ -141,7 +140,7 @@ def quantize(
 
     Infinities saturate. The code of a NaN is unspecified: integers have none. A tensor that is on
     the grid already keeps its codes, under "floor" and "ceil" too: the float32 quotient
-    `k * scale / scale` is not always `k`, so a value within 2^-14 steps of the grid counts as on it.
+    `k * scale / scale` is not always `k`, so a value within 2^-14 steps of the grid is on it.
 
     Args:
         x: the tensor, any float dtype.

@@ -32,8 +32,15 @@ def broken_data(config, progress):
     task = build(config, progress)
     inputs = task.dataset.inputs.copy()
     inputs[3, 2] = np.nan
-    return Task("broken", task.apply, task.params, task.shapes, task.loss,
-                Dataset(inputs, task.dataset.targets), task.splits)
+    return Task(
+        "broken",
+        task.apply,
+        task.params,
+        task.shapes,
+        task.loss,
+        Dataset(inputs, task.dataset.targets),
+        task.splits,
+    )
 
 
 def not_a_task(config, progress):
