@@ -33,13 +33,15 @@ class ResNet18(nn.Module):
     """20 convolutions and a dense layer; batch normalization uses its running averages."""
 
     num_classes: int = 1000
+    stages: tuple[tuple[int, int], ...] = STAGES
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
         """Logits [batch, classes] of images [batch, height, width, 3]."""
         x = nn.relu(_norm("bn1")(_conv(64, 7, 2, "conv1")(x)))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for stage, (width, stride) in enumerate(STAGES, start=1):
+        padding: Any = ((1, 1), (1, 1))  # annotated as str in Flax
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+        for stage, (width, stride) in enumerate(self.stages, start=1):
             x = BasicBlock(width, stride, name=f"layer{stage}_0")(x)
             x = BasicBlock(width, 1, name=f"layer{stage}_1")(x)
         return nn.Dense(self.num_classes, name="fc")(jnp.mean(x, axis=(1, 2)))
@@ -61,6 +63,6 @@ def _norm(name: str) -> nn.BatchNorm:
     return nn.BatchNorm(use_running_average=True, epsilon=1e-5, name=name)
 
 
-def initialize(size: int, seed: int = 0) -> Any:
+def initialize(model: ResNet18, size: int) -> Any:
     """Random variables for images of `size` x `size`."""
-    return ResNet18().init(jax.random.key(seed), jnp.zeros((1, size, size, 3)))
+    return model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)))

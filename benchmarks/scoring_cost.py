@@ -1,7 +1,7 @@
 """What scoring costs, beside the pass that it rides on: ResNet-18, all in one run.
 
     python benchmarks/scoring_cost.py                # 224 x 224, batch 8; a few minutes
-    python benchmarks/scoring_cost.py --quick        # 32 x 32, batch 2; shows that it runs
+    python benchmarks/scoring_cost.py --quick        # one stage, 32 x 32, batch 2; a smoke test
 
 Everything is compiled first, then timed in turns, so that a busy machine slows all alike. A ratio
 is the median over rounds of the ratio within a round, with its quartiles. The unit is the bare
@@ -12,6 +12,7 @@ sum of the gradient, one number per site and example.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import os
@@ -28,9 +29,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
-from resnet18 import ResNet18, initialize
+from resnet18 import STAGES, ResNet18, initialize
 from rich.console import Console
 from rich.table import Table
 
@@ -84,9 +84,10 @@ def cross_entropy(logits: Any, labels: Any) -> Any:
     return -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
 
 
-def workload(size: int, batch: int) -> Workload:
-    """ResNet-18 with random weights on noise; time does not depend on the values."""
-    apply, params = from_linen(ResNet18(), initialize(size))
+def workload(size: int, batch: int, stages: int) -> Workload:
+    """ResNet-18, or its first stages, with random weights and inputs."""
+    model = ResNet18(stages=STAGES[:stages])
+    apply, params = from_linen(model, initialize(model, size))
     inputs = jax.random.normal(jax.random.key(1), (batch, size, size, 3))
     targets = jnp.arange(batch)
     graph = trace(apply, params, inputs)
@@ -151,11 +152,13 @@ def compiled(function: Callable[..., Any], *turns: tuple[Any, ...]) -> Timed:
     traced = time.perf_counter()
     executable = lowered.compile()
     done = time.perf_counter()
+    memory = executable.memory_analysis()
+    assert memory is not None
     arguments = itertools.cycle(turns)
     return Timed(
         trace_seconds=traced - start,
         compile_seconds=done - traced,
-        temporary_bytes=executable.memory_analysis().temp_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
         run=lambda: executable(*next(arguments)),
     )
 
@@ -271,7 +274,7 @@ def environment() -> dict[str, Any]:
     return {
         "command": shlex.join(["python", "benchmarks/scoring_cost.py", *sys.argv[1:]]),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "python": platform.python_version(),
         "backend": jax.default_backend(),
         "cores": os.cpu_count(),
@@ -309,12 +312,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--size", type=int, default=224, help="image height and width (224)")
     parser.add_argument("--batch", type=int, default=8, help="examples (8)")
+    parser.add_argument("--stages", type=int, default=4, help="stages of the network (all 4)")
     parser.add_argument("--rounds", type=int, default=15, help="timed runs of everything (15)")
-    parser.add_argument("--quick", action="store_true", help="size 32, batch 2, 2 rounds")
+    parser.add_argument("--quick", action="store_true", help="1 stage, size 32, batch 2, 2 rounds")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if options.quick:
-        options.size, options.batch, options.rounds = 32, 2, 2
+        options.size, options.batch, options.stages, options.rounds = 32, 2, 1, 2
     if options.output is None:
         name = f"scoring_cost_jax_{jax.__version__}.json"
         options.output = Path(__file__).parent / "results" / name
@@ -325,11 +329,12 @@ def main() -> None:
     """Runs the benchmark."""
     options = parse()
     console = Console(width=120)
-    work = workload(options.size, options.batch)
+    work = workload(options.size, options.batch, options.stages)
     result = {
         **environment(),
         "size": options.size,
         "batch": options.batch,
+        "stages": options.stages,
         "rounds": options.rounds,
         **summarize(work, compile_all(work), options.rounds),
     }

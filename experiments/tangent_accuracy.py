@@ -33,13 +33,14 @@ def main() -> None:
     args = parser.parse_args()
     config = base_config()
     config.seed = args.seed
-    rows = measure(mnist_cnn_task(config), config.batch_size)
+    task = mnist_cnn_task(config)
+    rows = measure(task, config.batch_size, task.load_params())
     write(Path(args.out), rows)
 
 
-def measure(task, batch_size: int) -> list[dict]:
+def measure(task, batch_size: int, params) -> list[dict]:
     """One row per activation operand and candidate, and per weight and width."""
-    graph, params = trace_task(task), task.load_params()
+    graph = trace_task(task)
     ranges = jr.calibrate(graph, params, [x for x, _ in batches(task.split("ranges"), batch_size)])
     data = batches(task.split("selection"), batch_size)
     scores = jr.score(graph, params, data, task.loss, ranges)

@@ -148,7 +148,7 @@ def check_config(config: Any, graph: Graph) -> None:
     if config.batch_size < 1 or config.verify.margin < 0 or not 0 < config.verify.alpha < 0.5:
         raise ConfigError(
             f"batch_size {config.batch_size}, verify.margin {config.verify.margin} and "
-            f"verify.alpha {config.verify.alpha}: expected at least 1, at least 0, and between 0 and 0.5"
+            f"verify.alpha {config.verify.alpha}: expected >= 1, >= 0, and between 0 and 0.5"
         )
     Constraints(policy.skip, _forced(policy.force)).resolve(tabulate(graph))
     for name in (policy.format, *config.verify.compare):

@@ -74,6 +74,10 @@ def summary(report: Report) -> Text:
         f"Simulation {100 * report.differing_codes:.4f} % of the activation codes differ from the "
         f"simulation at the worst site, by at most {report.code_steps} step(s)"
     )
+    lines.append(
+        f"Integers   {report.integer_sites} of {report.planned_sites} planned sites hold an "
+        "integer operation in the compiled program"
+    )
     lines += [f"Note       {note}" for note in report.notes]
     return Text("\n".join(lines))
 

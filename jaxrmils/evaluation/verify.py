@@ -26,7 +26,7 @@ from jaxrmils.evaluation.statistics import (
     verdict_words,
 )
 from jaxrmils.graph import Coverage, Graph
-from jaxrmils.lowering import QuantizedModel
+from jaxrmils.lowering import QuantizedModel, compiled_integer_sites
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.policies import predict
 from jaxrmils.progress import Progress, silent
@@ -73,6 +73,8 @@ class Report:
       differing_codes: largest fraction, over sites, of activation codes that differ between
         the integer model and its simulation.
       code_steps: by how many steps they differ at most.
+      planned_sites: sites whose activations the plan quantizes.
+      integer_sites: those of them at which the compiled program holds an integer operation.
       notes: what a user should know (formats that are smaller but not faster, ...).
     """
 
@@ -89,6 +91,8 @@ class Report:
     accuracy: AccuracyChange | None
     differing_codes: float
     code_steps: int
+    planned_sites: int
+    integer_sites: int
     notes: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,6 +160,7 @@ def verify(
     )
     predicted = predict(scores, model.plan) if scores is not None else {}
     agreement = code_agreement(model, batches[0][0])
+    in_integers = compiled_integer_sites(model, batches[0][0])
     return Report(
         layers=_layers(model, predicted, alone),
         coverage=graph.coverage,
@@ -170,7 +175,9 @@ def verify(
         accuracy=_accuracy(before, after),
         differing_codes=max((fraction for fraction, _ in agreement.values()), default=0.0),
         code_steps=max((steps for _, steps in agreement.values()), default=0),
-        notes=_notes(model),
+        planned_sites=len(agreement),
+        integer_sites=sum(site in in_integers for site in agreement),
+        notes=_notes(model, [site for site in agreement if site not in in_integers]),
     )
 
 
@@ -204,8 +211,13 @@ def _layers(
     return tuple(rows)
 
 
-def _notes(model: QuantizedModel) -> tuple[str, ...]:
+def _notes(model: QuantizedModel, in_float: Sequence[str]) -> tuple[str, ...]:
     notes = []
+    if in_float:
+        notes.append(
+            f"no integer operation was found in the compiled program at {', '.join(in_float[:5])}"
+            f"{' ...' if len(in_float) > 5 else ''}"
+        )
     formats = {layer.format for layer in model.plan.layers.values()}
     if model.backend == "cpu" and formats & {"w4a4", "w4a8", "w4"}:
         notes.append(

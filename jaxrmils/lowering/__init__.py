@@ -2,6 +2,7 @@
 
 from jaxrmils.lowering.hlo import assert_integer as assert_integer
 from jaxrmils.lowering.hlo import check_integer_sites as check_integer_sites
+from jaxrmils.lowering.hlo import compiled_integer_sites as compiled_integer_sites
 from jaxrmils.lowering.hlo import integer_sites as integer_sites
 from jaxrmils.lowering.integer_dot import BACKENDS as BACKENDS
 from jaxrmils.lowering.integer_dot import Backend as Backend

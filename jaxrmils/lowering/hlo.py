@@ -171,6 +171,17 @@ def integer_sites(compiled_text: str) -> dict[str, set[str]]:
     return found
 
 
+def compiled_integer_sites(model: QuantizedModel, inputs: Any) -> dict[str, set[str]]:
+    """`integer_sites` of a quantized model, compiled for the present device.
+
+    Args:
+      model: from `quantize`.
+      inputs: a batch, or its shapes.
+    """
+    compiled = jax.jit(model.apply).lower(model.params, inputs).compile()
+    return integer_sites(compiled.as_text() or "")
+
+
 def check_integer_sites(model: QuantizedModel, inputs: Any) -> dict[str, set[str]]:
     """Compiles a quantized model for the present device and reads what its sites became.
 
@@ -184,8 +195,7 @@ def check_integer_sites(model: QuantizedModel, inputs: Any) -> dict[str, set[str
     Raises:
       LoweringError: a planned site holds no integer operation; the message names the sites.
     """
-    compiled = jax.jit(model.apply).lower(model.params, inputs).compile()
-    found = integer_sites(compiled.as_text() or "")
+    found = compiled_integer_sites(model, inputs)
     planned = [
         site.name
         for site in model.graph.sites

@@ -168,18 +168,22 @@ def quantize(
     backend = backend or default_backend()
     leaves = jax.tree.leaves(params)
     kept = set(table.float_leaves)
-    weights: dict[str, QuantizedWeight] = {}
+    quantized: list[str] = []
     grids: dict[str, tuple[QuantParams, ...]] = {}
     for name, sites in graph.layers.items():
         layer = plan.layers[name]
         if layer.weight_bits < FLOAT_BITS:
-            weights[name] = _quantized_weight(graph, name, leaves, plan, backend)
+            quantized.append(name)
         elif graph.layers[name][0].weight is not None:
             kept |= set(graph.weights[name].leaves)
         if layer.activation_bits < FLOAT_BITS:
             for site in sites:
                 if site.activations:
                     grids[site.name] = _grids(site, ranges, layer.activation_bits)
+    # One program for all weights: a program for every operation and shape takes longer to compile.
+    weights = jax.jit(
+        lambda leaves: {n: _quantized_weight(graph, n, leaves, plan, backend) for n in quantized}
+    )(leaves)
     return QuantizedModel(
         graph=graph,
         plan=plan,

@@ -31,12 +31,12 @@ def expected_kinds(site, eqn):
     return {"multiply"} if depthwise else {"convolution", "dot"}
 
 
-@pytest.mark.parametrize("kind", ["int8", "w4a8", "mixed"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "mixed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_integer_operations_at_every_planned_site_and_no_other(name, kind):
     graph, _, inputs = traced(name)
-    # One row takes other formulations than four; both occur over the formats.
-    inputs = resized(inputs, 1) if kind == "w4a8" else inputs
+    # One row takes other formulations than four.
+    inputs = resized(inputs, 1) if kind == "int4" else inputs
     found = integer_sites(compiled_text(quantized(name, kind), inputs))
     assert set(found) == integer_site_names(name, kind)
     for site, eqn in zip(graph.sites, graph.traced.eqns, strict=True):

@@ -202,11 +202,8 @@ def test_the_model_and_its_simulation(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("kind", ["w8", "w4"])
-def test_weight_only_is_the_float_model_on_dequantized_weights(name, kind):
+def test_weight_only_is_the_float_model_on_dequantized_weights(name):
     graph, params, inputs = traced(name)
-    built = quantized(name, kind)
-    weights = {n: w.tensor.dequantize() for n, w in built.params.weights.items()}
 
     def handler(call):
         operands = [
@@ -217,16 +214,25 @@ def test_weight_only_is_the_float_model_on_dequantized_weights(name, kind):
         ]
         return call.bind(*operands), None
 
-    @jax.jit
-    def both(quantized_params, leaves, inputs):
+    def outputs(built, quantized_params, leaves, inputs):
+        weights = {n: w.tensor.dequantize() for n, w in quantized_params.weights.items()}
         expected = interpret(graph, handler, leaves, inputs, weights=weights)[0]
         return built.apply(quantized_params, inputs), expected
 
-    found, expected = both(built.params, jax.tree.leaves(params), inputs)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    assert found.dtype == expected.dtype
-    tolerance = 2e-2 if found.dtype == jnp.bfloat16 else 1e-5
-    np.testing.assert_allclose(float64(found), float64(expected), rtol=tolerance, atol=tolerance)
+    models = [quantized(name, "w8"), quantized(name, "w4")]
+    run = jax.jit(
+        lambda params, leaves, inputs: [
+            outputs(built, p, leaves, inputs) for built, p in zip(models, params, strict=True)
+        ]
+    )
+    results = run([built.params for built in models], jax.tree.leaves(params), inputs)
+    for found, expected in results:
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        assert found.dtype == expected.dtype
+        tolerance = 2e-2 if found.dtype == jnp.bfloat16 else 1e-5
+        np.testing.assert_allclose(
+            float64(found), float64(expected), rtol=tolerance, atol=tolerance
+        )
 
 
 @pytest.mark.parametrize("name", ["transformer", "cnn", "lstm", "tied_embedding"])

@@ -62,7 +62,7 @@ def check(candidates, g, h, grids):
 @example(ACTIVATION_CANDIDATES, np.ones(24, np.float32), np.zeros(24, np.float32), (0, 0), False)
 def test_any_candidates_values_and_range(candidates, g, h, ends, symmetric):
     """The range is not that of h, so many elements are clipped."""
-    check(candidates, jnp.asarray(g), jnp.asarray(h), grids_of(*ends, symmetric))
+    check(candidates, jnp.asarray(g), jnp.asarray(h), grids_of(ends[0], ends[1], symmetric))
 
 
 @fast
