@@ -89,20 +89,29 @@ def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
     console.print(Text(result.task.name, style="bold"))
     print_report(result.report, console)
     if all(layer.is_float for layer in result.plan.layers.values()):
-        console.print(_nothing_passed(config))
+        console.print(_nothing_passed(config, result))
     if result.comparisons:
         console.print(_comparison_table(result))
+    if result.mu:
+        console.print(_mu_table(result))
     console.print(f"Files      {args.out}: {', '.join(written)}")
     data = {"out": str(args.out), "files": written, **pipeline.report_dict(result)}
     return Outcome(data, result.report.test.passed)
 
 
-def _nothing_passed(config: Any) -> str:
-    if config.policy.name != "rmils":
+def _nothing_passed(config: Any, result: pipeline.Result) -> str:
+    if config.policy.name != "rmils" or not result.mu:
         return "Note       the plan leaves every layer in float"
+    values = {
+        (name, bits): value
+        for name, by_bits in result.mu.items()
+        for bits, value in by_bits.items()
+        if bits in config.policy.bits
+    }
+    (name, bits), largest = max(values.items(), key=lambda entry: entry[1])
     return (
         f"Note       no layer's mu reaches the threshold {config.policy.mu}, so every layer stays "
-        "float; lower policy.mu"
+        f"float; the largest is {largest:.3g} ({name} in int{bits}): lower policy.mu"
     )
 
 
@@ -119,6 +128,17 @@ def _comparison_table(result: pipeline.Result) -> Table:
     rows += [(c.name, c.size_bits, c.test, c.verdict) for c in result.comparisons]
     for name, bits, test, verdict in rows:
         table.add_row(name, format_size(bits), f"{test.mean:+.5f}", verdict)
+    return table
+
+
+def _mu_table(result: pipeline.Result) -> Table:
+    title = f"mu ({result.plan.policy['normalization']}), against the threshold "
+    table = Table(title=title + f"{result.plan.policy['mu']}", title_justify="left", pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    table.add_column("int8", justify="right")
+    table.add_column("int4", justify="right")
+    for name, by_bits in result.mu.items():
+        table.add_row(name, f"{by_bits[8]:.4g}", f"{by_bits[4]:.4g}")
     return table
 
 

@@ -25,6 +25,7 @@ from jaxrmils.policies import (
     VARIANTS,
     Constraints,
     Plan,
+    mu_values,
     parse_format,
     rmils,
     uniform,
@@ -56,6 +57,7 @@ class Result:
       params: the float parameters.
       report: predicted against measured, and the verdict.
       comparisons: uniform plans on the same data.
+      mu: for the rmils policy, every layer's mu at 8 and 4 bits; else empty.
     """
 
     task: Task
@@ -67,6 +69,7 @@ class Result:
     model: QuantizedModel
     report: Report
     comparisons: tuple[Comparison, ...]
+    mu: dict[str, dict[int, float]]
 
 
 def make_task(config: Any, path: str | Path | None, progress: Progress = silent) -> Task:
@@ -88,7 +91,7 @@ def make_task(config: Any, path: str | Path | None, progress: Progress = silent)
 
 
 def batches(data: Dataset, size: int) -> list[tuple[Any, Any]]:
-    """The data in batches; a batch larger than the data is cut down to it."""
+    """A split in batches; a batch larger than the split is cut down to it."""
     return list(data.batches(min(size, len(data))))
 
 
@@ -179,6 +182,10 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
       All stages' results; nothing is written to disk.
     """
     task = make_task(config, path, progress)
+    if config.batch_size > len(task.dataset):
+        raise ConfigError(
+            f"batch_size is {config.batch_size}, but the data set has {len(task.dataset)} examples"
+        )
     check_disjoint(task.splits, task.training)
     graph = trace_task(task)
     check_config(config, graph)
@@ -218,7 +225,25 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
         progress=progress,
     )
     comparisons = _compare(config, graph, params, ranges, held_out, task, report, progress)
-    return Result(task, graph, params, ranges, scores, plan, model, report, comparisons)
+    return Result(
+        task=task,
+        graph=graph,
+        params=params,
+        ranges=ranges,
+        scores=scores,
+        plan=plan,
+        model=model,
+        report=report,
+        comparisons=comparisons,
+        mu=_mu(config, graph, scores),
+    )
+
+
+def _mu(config: Any, graph: Graph, scores: Scores) -> dict[str, dict[int, float]]:
+    policy = config.policy
+    if policy.name != "rmils":
+        return {}
+    return mu_values(graph, scores, normalization=policy.normalization, probe=policy.probe)
 
 
 def _compare(
@@ -280,6 +305,7 @@ def save(result: Result, config: Any, path: str | Path | None, out: str | Path) 
 def report_dict(result: Result) -> dict[str, Any]:
     """The report and the comparisons as plain JSON values."""
     report = result.report.to_dict()
+    report["mu"] = result.mu
     report["comparisons"] = [
         {
             "name": c.name,

@@ -276,13 +276,22 @@ def plan_from_tree(graph: Graph, tree: PlanTree, policy: Mapping[str, Any] | Non
       tree: from `assign`.
       policy: settings to record.
     """
+    decisions = decisions_of(tree)
+    layers = {name: _layer_plan(decisions[name]) for name in graph.layers}
+    return Plan(layers, graph.fingerprint, dict(policy or {}))
+
+
+def decisions_of(tree: PlanTree) -> dict[str, Decision]:
+    """The decisions of a `PlanTree` by layer."""
     decisions: dict[str, Decision] = dict(tree.dots)
-    is_entry = lambda x: isinstance(x, dict) and all(isinstance(v, Decision) for v in x.values())  # noqa: E731
+
+    def is_entry(x: Any) -> bool:
+        return isinstance(x, dict) and all(isinstance(v, Decision) for v in x.values())
+
     for entry in jax.tree.leaves(tree.params, is_leaf=is_entry):
         if isinstance(entry, dict):
             decisions.update(entry)
-    layers = {name: _layer_plan(decisions[name]) for name in graph.layers}
-    return Plan(layers, graph.fingerprint, dict(policy or {}))
+    return decisions
 
 
 def _layer_plan(decision: Decision) -> LayerPlan:

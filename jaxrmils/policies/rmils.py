@@ -12,6 +12,7 @@ from jaxrmils.policies.assign import (
     Variant,
     WeightBits,
     assign,
+    decisions_of,
     plan_from_tree,
     weight_width,
 )
@@ -22,6 +23,59 @@ from jaxrmils.sensitivity import Scores
 
 Probe = Literal["tangent", "shift"]
 PROBES: tuple[Probe, ...] = get_args(Probe)
+
+
+def mu_values(
+    graph: Graph,
+    scores: Scores,
+    *,
+    normalization: Normalization = "raw",
+    probe: Probe = "tangent",
+) -> dict[str, dict[int, float]]:
+    """What `rmils` compares with its threshold.
+
+    Args:
+      graph: from `trace`.
+      scores: from `score`.
+      normalization: "raw", "t" (studentised) or "cosine".
+      probe: "tangent" or "shift".
+
+    Returns:
+      Per layer with activations that were scored, mu at 8 and at 4 bits.
+
+    Raises:
+      PlanError: as `rmils`.
+    """
+    tree = assign(
+        graph,
+        scores.contributions(),
+        scores.ranges,
+        normalization=normalization,
+        shifts=_shifts(graph, scores, probe),
+    )
+    scored = {
+        name
+        for name, row in scores.table.layer.items()
+        if row.activations and all(a.site in scores.ranges.stats for a in row.activations)
+    }
+    return {
+        name: {8: float(decision.mu[0]), 4: float(decision.mu[1])}
+        for name, decision in decisions_of(tree).items()
+        if name in scored
+    }
+
+
+def _shifts(graph: Graph, scores: Scores, probe: Probe) -> Mapping[str, Any] | None:
+    """The shift probe's secants if it is asked for; PlanError where scores do not fit."""
+    if scores.table.fingerprint != graph.fingerprint:
+        raise PlanError("the scores were made for another model; score this one")
+    shifts = scores.shifts() if probe == "shift" else None
+    if probe not in PROBES or (probe == "shift" and shifts is None):
+        raise PlanError(
+            f"probe {probe!r}: expected 'tangent', or 'shift' with scores made by "
+            "score(..., shift_probe=True)"
+        )
+    return shifts
 
 
 def rmils(
@@ -69,14 +123,7 @@ def rmils(
     Raises:
       PlanError: an unknown option, a pattern that matches nothing, scores of another model.
     """
-    if scores.table.fingerprint != graph.fingerprint:
-        raise PlanError("the scores were made for another model; score this one")
-    shifts = scores.shifts() if probe == "shift" else None
-    if probe not in ("tangent", "shift") or (probe == "shift" and shifts is None):
-        raise PlanError(
-            f"probe {probe!r}: expected 'tangent', or 'shift' with scores made by "
-            "score(..., shift_probe=True)"
-        )
+    shifts = _shifts(graph, scores, probe)
     if not mu >= 0:
         raise PlanError(f"mu is {mu}; a threshold on an absolute value can't be negative")
     lookup = LayerPlan(weight_bits=weight_width(lookups))

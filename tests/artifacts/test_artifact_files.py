@@ -1,7 +1,8 @@
 """Atomic writes: the old artifact or the new one, never half of one."""
 
-import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,23 +69,31 @@ def test_a_folder_survives_a_rename_that_fails(tmp_path, monkeypatch, failing):
     assert contents(tmp_path / "model") == {"a": b"1"}
 
 
-def test_a_crash_between_the_renames_leaves_the_old_folder_to_be_found(tmp_path, monkeypatch):
+CRASHING_SAVE = """
+import os, sys
+from pathlib import Path
+
+from jaxrmils.artifacts.files import replace_directory
+
+rename = Path.rename
+
+def crash(self, destination):
+    if self.suffix == ".tmp":
+        os._exit(7)
+    return rename(self, destination)
+
+Path.rename = crash
+replace_directory(sys.argv[1], {"a": b"2"})
+"""
+
+
+def test_a_crash_between_the_renames_leaves_the_old_folder_to_be_found(tmp_path):
     target = tmp_path / "model"
     replace_directory(target, {"a": b"1"})
     assert interrupted_save(target) is None
-    rename = Path.rename
-
-    def crash(self, destination):
-        if self.suffix == ".tmp":
-            os._exit(7)
-        return rename(self, destination)
-
-    child = os.fork()
-    if child == 0:  # a process that ends without any clean-up
-        monkeypatch.setattr(Path, "rename", crash)
-        replace_directory(target, {"a": b"2"})
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    # A process that ends without any clean-up.
+    crashed = subprocess.run([sys.executable, "-c", CRASHING_SAVE, str(target)], check=False)
+    assert crashed.returncode == 7
     assert not target.exists()
     old = interrupted_save(target)
     assert contents(old) == {"a": b"1"}

@@ -125,6 +125,7 @@ def test_require_lossless_is_an_exit_code(folder):
         (["--config.policy.name=hawq"], USAGE, "policy.name is 'hawq'"),
         (["--config.ranges.estimator=kl"], USAGE, "ranges.estimator is 'kl'"),
         (["--config.batch_size=0"], USAGE, "batch_size 0"),
+        (["--config.batch_size=401"], USAGE, "batch_size is 401, but the data set has 400"),
         (["--config.task=tiny_task.py:broken_data"], BAD_INPUT, "NaN"),
         (["--config.task=tiny_task.py:not_a_task"], USAGE, "not a Task"),
         (["--config.task=tiny_task.py:nothing"], USAGE, "has no function nothing"),
@@ -152,6 +153,6 @@ def test_help_teaches(command, capsys):
     assert "exit codes" in out and "usage: jaxrmils" in out
 
 
-def test_a_batch_larger_than_the_data_is_cut_down(folder):
+def test_a_batch_larger_than_a_split_is_cut_down(folder):
     arguments = ["quantize", "--config", f"{folder}/config.py", "--out", f"{folder}/large"]
-    assert main([*arguments, "--config.batch_size=100000"]) == OK
+    assert main([*arguments, "--config.batch_size=400"]) == OK

@@ -193,11 +193,13 @@ def test_the_model_and_its_simulation(name):
     outputs, codes = run(built.params, inputs)
     simulated, simulated_codes = run(built.params, inputs, mode="simulate")
     # The float parts compile differently, so a code may move by one where it was between two.
-    assert codes.keys() == simulated_codes.keys()
+    alone = {site: record["codes"] for site, record in site_results(name, "mixed").items()}
+    assert codes.keys() == simulated_codes.keys() == alone.keys()
     for site, values in codes.items():
-        for a, b in zip(values, simulated_codes[site], strict=True):
-            difference = np.abs(np.int32(a) - np.int32(b))
-            assert difference.max() <= 1 and difference.mean() < 0.01
+        for a, b, c in zip(values, simulated_codes[site], alone[site], strict=True):
+            for other in (b, c):
+                difference = np.abs(np.int32(a) - np.int32(other))
+                assert difference.max() <= 1 and difference.mean() < 0.01
     np.testing.assert_allclose(float64(outputs), float64(simulated), atol=0.05)
 
 
@@ -257,6 +259,16 @@ def test_other_batch_sizes_and_vmap(name):
     pair = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), inputs)
     mapped = np.asarray(jax.jit(jax.vmap(built.apply, in_axes=(None, 0)))(built.params, pair))
     np.testing.assert_allclose(mapped, np.stack([whole, whole[::-1]]), atol=1e-5)
+
+
+def test_rows_outside_an_embedding_table_are_what_they_are_in_float():
+    apply, params, inputs = model("tied_embedding")
+    outside = inputs.at[1, 0].set(99)
+    wanted = np.isnan(apply(params, outside))
+    assert wanted.any() and not wanted.all()
+    for kind in ("w8", "w4"):
+        built = quantized("tied_embedding", kind)
+        np.testing.assert_array_equal(np.isnan(jax.jit(built)(outside)), wanted)
 
 
 def test_jit_equals_eager():

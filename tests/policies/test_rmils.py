@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stages import scored, traced
 from synthetic import scores, steps
 
-from jaxrmils import assign, rmils, uniform
+from jaxrmils import assign, mu_values, rmils, uniform
 from jaxrmils.policies import PlanError, check_plan
 from jaxrmils.policies.plan import FLOAT_LAYER
 
@@ -233,3 +233,17 @@ def test_rmils_is_not_uniform_by_accident():
     plan = rmils(GRAPH, data, mu=0.5)
     assert plan.counts() == {"w8a8": 1, "w4a4": 1, "float": 1}
     assert plan.layers != uniform(data.table, "int8").layers
+
+
+def test_mu_values_are_what_the_threshold_is_compared_with():
+    graph, _, _ = traced("plain")
+    found = scored("plain")
+    for normalization in ("raw", "t", "cosine"):
+        values = mu_values(graph, found, normalization=normalization)
+        for name, by_bits in values.items():
+            for bits, value in by_bits.items():
+                kwargs = {"normalization": normalization, "bits": (bits,)}
+                below = rmils(graph, found, mu=value * 0.999, **kwargs)
+                above = rmils(graph, found, mu=value * 1.001, **kwargs)
+                assert below.layers[name].activation_bits == bits
+                assert above.layers[name].is_float
