@@ -33,7 +33,9 @@ class Kernel(Protocol):
         grids: tuple[QuantParams, QuantParams],
         sums: Any,
     ) -> Any:
-        """int32 in the operation's output layout, zero points subtracted."""
+        """In the operation's output layout, zero points subtracted: int32, or for a convolution
+        on CUDA float32, which is exact below 2^24.
+        """
         ...
 
 
@@ -78,6 +80,7 @@ def integer_kernel(backend: Backend) -> Kernel:
             lhs_bits=grids[0].bits,
             rhs_bits=grids[1].bits,
             backend=backend,
+            in_float32=backend == "cuda",
         )
 
     return kernel

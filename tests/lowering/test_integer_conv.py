@@ -257,3 +257,37 @@ def test_lowered_operands_stay_narrow(backend, kind, dtype):
     element = "i4" if backend == "tpu" and dtype == "int4" else "i8"
     depthwise_on_cpu = backend == "cpu" and kind is DEPTHWISE
     assert found == ([] if depthwise_on_cpu else [(element, element)])
+
+
+def test_in_float32_the_convolution_is_converted_at_once():
+    """The form that CUDA compiles; exact here, where sums stay below 2^24."""
+    rng = np.random.default_rng(0)
+    lhs = jnp.asarray(rng.integers(-128, 128, (2, 9, 9, 16)), jnp.int8)
+    rhs = jnp.asarray(rng.integers(-127, 128, (3, 3, 16, 8)), jnp.int8)
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC"))
+
+    def conv(lhs, rhs, zero_point, in_float32):
+        return conv_int32(
+            lhs,
+            rhs,
+            window_strides=(1, 1),
+            padding=((1, 1), (1, 1)),
+            lhs_dilation=(1, 1),
+            rhs_dilation=(1, 1),
+            dimension_numbers=numbers,
+            lhs_zero_point=zero_point,
+            backend="cuda",
+            in_float32=in_float32,
+        )
+
+    zero_point = jnp.int32(-37)
+    found = conv(lhs, rhs, zero_point, True)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, conv(lhs, rhs, zero_point, False).astype(jnp.float32))
+    jitted = jax.jit(conv, static_argnums=3)
+    lowered = jitted.trace(lhs, rhs, zero_point, True).lower(lowering_platforms=("cuda",))
+    lines = [line.strip() for line in lowered.as_text().splitlines()]
+    number, line = next((i, s) for i, s in enumerate(lines) if "stablehlo.convolution" in s)
+    name = line.split(" = ")[0]
+    readers = [s for s in lines[number + 1 :] if name in s.replace(",", " ").split()]
+    assert len(readers) == 1 and "stablehlo.convert" in readers[0]

@@ -9,10 +9,12 @@ import pytest
 from models import loss, model
 from stages import TARGETS, calibrated, traced
 
+from jaxrmils.graph import interpret
 from jaxrmils.numerics import fake_quant, quantize_weight
 from jaxrmils.sensitivity import (
     ACTIVATION_CANDIDATES,
     WEIGHT_CANDIDATES,
+    Candidate,
     ScoreError,
     all_off,
     perturbed_losses,
@@ -94,18 +96,25 @@ def test_all_on_together():
     )
 
 
-def test_both_operands_of_an_activation_dot_switch_apart():
+@pytest.mark.parametrize("position", [0, 1])
+def test_the_operands_of_an_activation_dot_switch_apart(position):
     run, (activations, weights) = compiled("experts")
-    graph, _, _ = traced("experts")
-    site = next(s.name for s in graph.sites if s.weight is None)
-    assert activations[site].shape == (2,)
-    base = np.asarray(run(activations, weights))
-    changes = [
-        np.asarray(run({**activations, site: activations[site].at[i].set(5)}, weights)) - base
-        for i in range(2)
-    ]
-    assert all(np.abs(c).max() > 1e-5 for c in changes)
-    assert np.abs(changes[0] - changes[1]).max() > 1e-5
+    graph, params, inputs = traced("experts")
+    site = next(s for s in graph.sites if s.weight is None)
+    grid = calibrated("experts").grids[site.name][position][4]
+
+    def handler(call):
+        operands = list(call.operands())
+        if call.site.name == site.name:
+            operands[position] = fake_quant(operands[position], grid)
+        return call.bind(*operands), None
+
+    outputs, _ = interpret(graph, handler, jax.tree.leaves(params), inputs)
+    nearest4 = ACTIVATION_CANDIDATES.index(Candidate(4)) + 1
+    switches = {**activations, site.name: activations[site.name].at[position].set(nearest4)}
+    found = np.asarray(run(switches, weights))
+    np.testing.assert_allclose(found, loss(outputs, TARGETS), rtol=2e-6, atol=1e-7)
+    assert np.abs(found - np.asarray(run(activations, weights))).max() > 1e-5
 
 
 def test_a_tied_weight_switches_in_all_its_uses():
