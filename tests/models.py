@@ -52,7 +52,7 @@ def standard_promotion(apply):
 def linen(module, inputs, **kwargs):
     """A Linen model with its initial variables."""
     with jax.numpy_dtype_promotion("standard"):
-        variables = module.init(jax.random.key(0), inputs)
+        variables = jax.jit(module.init)(jax.random.key(0), inputs)
     apply, params = from_linen(module, variables, **kwargs)
     return standard_promotion(apply), params, inputs
 

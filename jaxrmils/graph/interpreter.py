@@ -123,12 +123,14 @@ class SiteCall:
       weight: the caller's value for the site's weight (`weights[name]`), already sliced for
         the current iteration of stacked loops; None where it gave none.
       state: the caller's value for the site (`state[name]`), sliced likewise.
+      step: the caller's value for this iteration (`steps[name]`), sliced by every loop.
     """
 
     site: Site
     eqn: compat.JaxprEqn
     weight: Any
     state: Any
+    step: Any
     _read: Callable[[int], Any]
 
     def operand(self, index: int) -> Any:
@@ -183,6 +185,7 @@ class Scope:
       frame: known values.
       weights: per weight name, a pytree whose leaves lead with the weight's stacked loops.
       state: per site name, a pytree whose leaves lead with the site's stacked loops.
+      steps: per site name, a pytree whose leaves lead with all of the site's loops, as records do.
       absent: value of a record in a `cond` branch that does not hold the site, given the
         record's shape and dtype.
     """
@@ -192,6 +195,7 @@ class Scope:
     frame: Frame
     weights: Mapping[str, Any]
     state: Mapping[str, Any]
+    steps: Mapping[str, Any]
     absent: Callable[[jax.ShapeDtypeStruct], Any]
 
 
@@ -246,6 +250,7 @@ def _run_site(step: SiteStep, read: Callable[[Any], Any], scope: Scope) -> tuple
         eqn=step.eqn,
         weight=weight,
         state=scope.state.get(site.name),
+        step=scope.steps.get(site.name),
         _read=lambda i: read(step.eqn.invars[i]),
     )
     return scope.handler(call)
@@ -280,6 +285,7 @@ def _scan(step: Call, read: Callable[[Any], Any], scope: Scope) -> tuple[list[An
     xs_state = {s.name: scope.state[s.name] for s in inner_sites if s.name in scope.state}
     if not loop.stacked:
         xs_state = {}
+    xs_steps = {s.name: scope.steps[s.name] for s in inner_sites if s.name in scope.steps}
     slices = [s for s in step.slices if isinstance(s, Slice) and scope.frame.available(s)]
     xs_slices = [scope.frame.force(s.source) for s in slices]
     args = _arguments(step, read)
@@ -288,7 +294,7 @@ def _scan(step: Call, read: Callable[[Any], Any], scope: Scope) -> tuple[list[An
     xs = args[step.num_constants + step.num_carry :]
 
     def body(carry: list[Any], xs: Any) -> tuple[list[Any], Any]:
-        values, slice_values, weights, state = xs
+        values, slice_values, weights, state, steps = xs
         frame = scope.frame.child()
         for node, value in zip(slices, slice_values, strict=True):
             frame.set(node, value)
@@ -297,6 +303,7 @@ def _scan(step: Call, read: Callable[[Any], Any], scope: Scope) -> tuple[list[An
             frame=frame,
             weights={**scope.weights, **weights},
             state={**scope.state, **state},
+            steps={**scope.steps, **steps},
         )
         outs, records = run(program, [*constants, *carry, *values], inner)
         return outs[: step.num_carry], (outs[step.num_carry :], records)
@@ -305,7 +312,7 @@ def _scan(step: Call, read: Callable[[Any], Any], scope: Scope) -> tuple[list[An
     carry, (ys, records) = jax.lax.scan(
         body,
         carry,
-        (xs, xs_slices, xs_weights, xs_state),
+        (xs, xs_slices, xs_weights, xs_state, xs_steps),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],

@@ -180,6 +180,7 @@ def interpret(
     *,
     weights: Mapping[str, Any] | None = None,
     state: Mapping[str, Any] | None = None,
+    steps: Mapping[str, Any] | None = None,
     absent: Callable[[jax.ShapeDtypeStruct], Any] | None = None,
 ) -> tuple[Any, Records]:
     """Runs the model with a handler at its sites, at any batch size.
@@ -191,6 +192,7 @@ def interpret(
       inputs: pytree like the traced inputs, with any batch size.
       weights: per weight name, what the handler finds as `call.weight`.
       state: per site name, what the handler finds as `call.state`.
+      steps: per site name, what the handler finds as `call.step`; leaves lead with all loops.
       absent: see `Scope.absent`.
 
     Returns:
@@ -206,6 +208,7 @@ def interpret(
         frame=Frame(leaves, leaf_names=graph.leaf_names),
         weights=weights or {},
         state=state or {},
+        steps=steps or {},
         absent=absent or (lambda struct: jnp.zeros(struct.shape, struct.dtype)),
     )
     outs, records = run(traced.program, jax.tree.leaves(inputs), scope)

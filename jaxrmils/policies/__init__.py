@@ -6,6 +6,9 @@ from jaxrmils.policies.assign import Decision as Decision
 from jaxrmils.policies.assign import PlanTree as PlanTree
 from jaxrmils.policies.assign import assign as assign
 from jaxrmils.policies.assign import plan_from_tree as plan_from_tree
+from jaxrmils.policies.attribution import PlanAttribution as PlanAttribution
+from jaxrmils.policies.attribution import attribute as attribute
+from jaxrmils.policies.attribution import formats_of as formats_of
 from jaxrmils.policies.constraints import Constraints as Constraints
 from jaxrmils.policies.formats import FORMATS as FORMATS
 from jaxrmils.policies.formats import PlanError as PlanError

@@ -7,6 +7,10 @@ from jaxrmils.sensitivity.perturb import all_off as all_off
 from jaxrmils.sensitivity.perturb import perturbed_losses as perturbed_losses
 from jaxrmils.sensitivity.scores import Scores as Scores
 from jaxrmils.sensitivity.scores import score as score
+from jaxrmils.sensitivity.secant import Attribution as Attribution
+from jaxrmils.sensitivity.secant import Formats as Formats
+from jaxrmils.sensitivity.secant import path_outputs as path_outputs
+from jaxrmils.sensitivity.secant import secant as secant
 from jaxrmils.sensitivity.shift import shift_secants as shift_secants
 from jaxrmils.sensitivity.tangent import Contributions as Contributions
 from jaxrmils.sensitivity.tangent import Loss as Loss

@@ -238,13 +238,13 @@ def _handler(
         assert site.weight is not None
         deltas = tuple(call.view(delta) for delta in call.weight)
         other = operands[1 - site.weight.operand]
-        operation = _float32_operation(call)
+        operation = float32_operation(call)
         slot = slots["weights"][site.name]
         result = weight_probe(operation, result, slot, jax.lax.stop_gradient(other), deltas)
     return result, None
 
 
-def _float32_operation(call: SiteCall) -> Callable[[Any, Any], Any]:
+def float32_operation(call: SiteCall) -> Callable[[Any, Any], Any]:
     """The site's operation as `f(other operand, weight)`, in float32."""
     assert call.site.weight is not None
     weight_first = call.site.weight.operand == 0

@@ -1,0 +1,132 @@
+"""What a plan's joint quantization costs or gains, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrmils.graph import Graph, tabulate
+from jaxrmils.graph.checks import check_finite
+from jaxrmils.graph.naming import leaf_names
+from jaxrmils.numerics.calibration import Ranges, check_params
+from jaxrmils.policies.formats import FLOAT_BITS, PlanError
+from jaxrmils.policies.plan import Plan, check_plan
+from jaxrmils.progress import Progress, silent
+from jaxrmils.sensitivity import Candidate, Loss, ScoreError
+from jaxrmils.sensitivity.scores import check_targets
+from jaxrmils.sensitivity.secant import Formats, secant
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlanAttribution:
+    """The joint loss change of a plan, shared out among its layers.
+
+    A layer's share is its part of the joint change along the path from the float to the quantized
+    network; it is not the effect of quantizing that layer alone.
+
+    Attributes:
+      layers: per quantized layer, float64 [N] in the loss's unit, activations and weight together.
+      float_loss: float64 [N].
+      quantized_loss: float64 [N], of the simulated quantized network.
+      points: number of quadrature points.
+    """
+
+    layers: Mapping[str, np.ndarray]
+    float_loss: np.ndarray
+    quantized_loss: np.ndarray
+    points: int
+
+    @property
+    def change(self) -> np.ndarray:
+        """float64 [N]: the measured joint change."""
+        return self.quantized_loss - self.float_loss
+
+    @property
+    def residual(self) -> np.ndarray:
+        """float64 [N]: what the layers' sum leaves unexplained; more points drive it down."""
+        return self.change - sum(self.layers.values(), np.zeros_like(self.float_loss))
+
+
+def attribute(
+    graph: Graph,
+    params: Any,
+    plan: Plan,
+    batches: Iterable[tuple[Any, Any]],
+    loss: Loss,
+    ranges: Ranges,
+    *,
+    points: int = 2,
+    progress: Progress = silent,
+) -> PlanAttribution:
+    """Attributes the joint loss change of a plan to its layers, example by example.
+
+    See `jaxrmils.sensitivity.secant` for the mathematics.
+
+    Args:
+      graph: from `trace`.
+      params: the float parameters.
+      plan: from a policy.
+      batches: `(inputs, targets)` batches.
+      loss: `loss(outputs, targets) -> [batch]`.
+      ranges: the ranges that the plan was made with.
+      points: Gauss-Legendre points; each costs a forward and a backward pass.
+      progress: see `jaxrmils.progress`.
+
+    Returns:
+      The attribution.
+
+    Raises:
+      PlanError: the plan or the ranges are another model's.
+      ScoreError: no data, targets that do not fit, or a loss that is not finite.
+      TraceError: params or inputs that do not fit.
+    """
+    check_params(graph, params)
+    check_plan(plan, tabulate(graph))
+    if ranges.fingerprint != graph.fingerprint:
+        raise PlanError("the ranges were calibrated on another model; calibrate this one")
+    formats = formats_of(graph, plan)
+    step = jax.jit(lambda p, x, y: secant(graph, p, x, y, loss, ranges, formats, points=points))
+    parts = []
+    total = len(batches) if isinstance(batches, Sequence) else None
+    for number, (inputs, targets) in enumerate(progress(batches, "attributing", total)):
+        check_finite(inputs, f"batch {number}", leaf_names(inputs))
+        check_targets(graph, inputs, targets, number)
+        found = jax.device_get(step(params, inputs, targets))
+        if not np.all(np.isfinite(found.float_loss) & np.isfinite(found.quantized_loss)):
+            raise ScoreError(
+                f"batch {number}: a loss is NaN or infinite; finite values were expected"
+            )
+        parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64), found))
+    if not parts:
+        raise ScoreError("the data holds no batches")
+    merged = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    layers = {
+        name: np.zeros_like(merged.float_loss)
+        for name, layer in plan.layers.items()
+        if not layer.is_float
+    }
+    for site, values in merged.activations.items():
+        layers[graph.site[site].layer] += values.sum(axis=1)
+    for site, values in merged.weights.items():
+        layers[graph.site[site].layer] += values
+    return PlanAttribution(layers, merged.float_loss, merged.quantized_loss, points)
+
+
+def formats_of(graph: Graph, plan: Plan) -> Formats:
+    """A plan, operand by operand."""
+    activations: dict[str, tuple[Candidate | None, ...]] = {}
+    weights = {}
+    for name, layer in plan.layers.items():
+        if layer.weight_bits < FLOAT_BITS:
+            weights[name] = Candidate(layer.weight_bits, layer.weight_rounding)
+        remaining = list(layer.rounding)
+        for site in graph.layers[name] if remaining else ():
+            count = len(site.activations)
+            chosen, remaining = remaining[:count], remaining[count:]
+            if count:
+                activations[site.name] = tuple(Candidate(layer.activation_bits, r) for r in chosen)
+    return Formats(activations, weights)
