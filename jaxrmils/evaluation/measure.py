@@ -13,7 +13,7 @@ import numpy as np
 from jaxrmils.graph import Graph
 from jaxrmils.lowering import QuantizedModel
 from jaxrmils.numerics.calibration import Ranges
-from jaxrmils.policies import Plan
+from jaxrmils.policies import Plan, roundings_by_site
 from jaxrmils.policies.formats import FLOAT_BITS
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import (
@@ -163,12 +163,10 @@ def layer_switches(graph: Graph, ranges: Ranges, plan: Plan, name: str) -> tuple
     if layer.weight_bits < FLOAT_BITS:
         candidate = Candidate(layer.weight_bits, layer.weight_rounding)
         weights[name] = jnp.int32(WEIGHT_CANDIDATES.index(candidate) + 1)
-    remaining = list(layer.rounding)
-    for site in graph.layers[name] if remaining else ():
-        for position in range(len(site.activations)):
-            candidate = Candidate(layer.activation_bits, remaining.pop(0))
-            switch = ACTIVATION_CANDIDATES.index(candidate) + 1
-            activations[site.name] = activations[site.name].at[position].set(switch)
+    for site, roundings in roundings_by_site(graph, plan.only(name)).items():
+        candidates = [Candidate(layer.activation_bits, rounding) for rounding in roundings]
+        switches = [ACTIVATION_CANDIDATES.index(c) + 1 for c in candidates]
+        activations[site] = jnp.asarray(switches, jnp.int32)
     return activations, weights
 
 

@@ -25,7 +25,7 @@ from jaxrmils.lowering.sites import (
 )
 from jaxrmils.numerics import QTensor, QuantParams, Rounding, quantize_weight
 from jaxrmils.numerics.calibration import Ranges, check_params
-from jaxrmils.policies import Plan, PlanError, check_plan
+from jaxrmils.policies import Plan, PlanError, check_plan, roundings_by_site
 from jaxrmils.policies.formats import FLOAT_BITS
 
 Mode = Literal["integer", "simulate"]
@@ -107,7 +107,8 @@ class QuantizedModel:
         if mode not in ("integer", "simulate"):
             raise ValueError(f"mode {mode!r}; expected 'integer' or 'simulate'")
         kernel = integer_kernel(self.backend) if mode == "integer" else exact_kernel
-        handler = functools.partial(_handler, self.plan, _roundings(self.graph, self.plan), kernel)
+        roundings = roundings_by_site(self.graph, self.plan)
+        handler = functools.partial(_handler, self.plan, roundings, kernel)
         leaves = [params.leaves.get(name) for name in self.graph.leaf_names]
         return interpret(
             self.graph,
@@ -259,17 +260,6 @@ def _handler(
         if layer.weight_bits < FLOAT_BITS:
             return run_weight_only(call, call.weight.tensor), None
     return call.bind(*call.operands()), None
-
-
-def _roundings(graph: Graph, plan: Plan) -> dict[str, tuple[Rounding, ...]]:
-    """The rounding directions of every site; a plan lists them by layer."""
-    result = {}
-    for name, sites in graph.layers.items():
-        remaining = list(plan.layers[name].rounding)
-        for site in sites if remaining else ():
-            count = len(site.activations)
-            result[site.name], remaining = tuple(remaining[:count]), remaining[count:]
-    return result
 
 
 # XLA cuts an operation's name at the first "@", which marks the second use of a weight.

@@ -14,7 +14,7 @@ from jaxrmils.graph.checks import check_finite
 from jaxrmils.graph.naming import leaf_names
 from jaxrmils.numerics.calibration import Ranges, check_params
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError
-from jaxrmils.policies.plan import Plan, check_plan
+from jaxrmils.policies.plan import Plan, check_plan, roundings_by_site
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import Candidate, Loss, ScoreError
 from jaxrmils.sensitivity.scores import check_targets
@@ -118,15 +118,13 @@ def attribute(
 
 def formats_of(graph: Graph, plan: Plan) -> Formats:
     """A plan, operand by operand."""
-    activations: dict[str, tuple[Candidate | None, ...]] = {}
-    weights = {}
-    for name, layer in plan.layers.items():
-        if layer.weight_bits < FLOAT_BITS:
-            weights[name] = Candidate(layer.weight_bits, layer.weight_rounding)
-        remaining = list(layer.rounding)
-        for site in graph.layers[name] if remaining else ():
-            count = len(site.activations)
-            chosen, remaining = remaining[:count], remaining[count:]
-            if count:
-                activations[site.name] = tuple(Candidate(layer.activation_bits, r) for r in chosen)
+    activations = {
+        site: tuple(Candidate(plan.layers[graph.site[site].layer].activation_bits, r) for r in each)
+        for site, each in roundings_by_site(graph, plan).items()
+    }
+    weights = {
+        name: Candidate(layer.weight_bits, layer.weight_rounding)
+        for name, layer in plan.layers.items()
+        if layer.weight_bits < FLOAT_BITS
+    }
     return Formats(activations, weights)

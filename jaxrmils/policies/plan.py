@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrmils.graph import ModelTable
+from jaxrmils.graph import Graph, ModelTable
 from jaxrmils.numerics import ROUNDINGS, Rounding
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError, format_name
 from jaxrmils.sensitivity import Candidate, Scores
@@ -128,6 +128,18 @@ def _check_layer(name: str, layer: LayerPlan, table: ModelTable) -> None:
         raise PlanError(f"layer {name} is an embedding lookup, which reads no activations")
     if layer.weight_bits < FLOAT_BITS and not row.has_weight:
         raise PlanError(f"layer {name} multiplies two activations and has no weight to quantize")
+
+
+def roundings_by_site(graph: Graph, plan: Plan) -> dict[str, tuple[Rounding, ...]]:
+    """The rounding directions of every site whose activations are quantized."""
+    result = {}
+    for name, sites in graph.layers.items():
+        remaining = plan.layers[name].rounding
+        for site in sites:
+            count = len(site.activations)
+            if remaining and count:
+                result[site.name], remaining = remaining[:count], remaining[count:]
+    return result
 
 
 def predict(scores: Scores, plan: Plan) -> dict[str, np.ndarray]:

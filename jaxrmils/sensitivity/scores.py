@@ -183,25 +183,33 @@ def score(
     if not parts:
         raise ScoreError("the selection data holds no examples")
     merged, secants = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    return _assemble(graph, ranges, merged, secants)
+
+
+def _assemble(
+    graph: Graph, ranges: Ranges, merged: Contributions, secants: Mapping[str, Any] | None
+) -> Scores:
+    """The matrices of all examples, from contributions by site."""
     rows = tuple(
         (site, position) for site, stats in ranges.stats.items() for position in range(len(stats))
     )
     weight_rows = tuple(site for site in (s.name for s in graph.sites) if site in merged.weights)
+    widths = len(merged.activation_candidates), len(merged.weight_candidates)
     return Scores(
         table=tabulate(graph),
         ranges=ranges,
         loss=merged.loss,
-        activations=_columns(merged.activations, rows, merged.loss, len(activation_candidates)),
-        weights=_stack(
-            [merged.weights[s] for s in weight_rows], merged.loss, len(weight_candidates)
+        activations=_columns(
+            merged.activations, rows, merged.loss, len(merged.activation_candidates)
         ),
+        weights=_stack([merged.weights[s] for s in weight_rows], merged.loss, widths[1]),
         gradient_sum=_columns(merged.gradient_sum, rows, merged.loss),
         gradient_square=_columns(merged.gradient_square, rows, merged.loss),
         shift=_columns(secants, rows, merged.loss, len(SHIFT_BITS)) if secants else None,
         activation_rows=rows,
         weight_rows=weight_rows,
-        activation_candidates=activation_candidates,
-        weight_candidates=weight_candidates,
+        activation_candidates=merged.activation_candidates,
+        weight_candidates=merged.weight_candidates,
     )
 
 
