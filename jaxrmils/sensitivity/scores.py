@@ -199,9 +199,7 @@ def _assemble(
         table=tabulate(graph),
         ranges=ranges,
         loss=merged.loss,
-        activations=_columns(
-            merged.activations, rows, merged.loss, len(merged.activation_candidates)
-        ),
+        activations=_columns(merged.activations, rows, merged.loss, widths[0]),
         weights=_stack([merged.weights[s] for s in weight_rows], merged.loss, widths[1]),
         gradient_sum=_columns(merged.gradient_sum, rows, merged.loss),
         gradient_square=_columns(merged.gradient_square, rows, merged.loss),
