@@ -25,6 +25,7 @@ from jaxrmils.evaluation import (
     noninferiority,
     print_report,
     verdict_words,
+    wide_console,
 )
 from jaxrmils.evaluation.statistics import default_margin
 from jaxrmils.graph import TraceError, tabulate
@@ -56,9 +57,7 @@ class Outcome:
 
 def _console(args: argparse.Namespace) -> Console:
     """Where people read: stdout, or stderr where stdout is for machines."""
-    file = sys.stderr if args.json else sys.stdout
-    console = Console(file=file, highlight=False)
-    return console if console.is_terminal else Console(file=file, highlight=False, width=120)
+    return wide_console(sys.stderr if args.json else sys.stdout)
 
 
 def _progress(args: argparse.Namespace) -> Progress:

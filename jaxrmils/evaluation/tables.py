@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -119,9 +119,15 @@ def _uncovered(coverage: Coverage) -> Table | None:
     return table
 
 
+def wide_console(file: IO[str] | None = None) -> Console:
+    """A console as wide as the terminal, or 120 characters where the output is none."""
+    console = Console(file=file, highlight=False)
+    return console if console.is_terminal else Console(file=file, highlight=False, width=120)
+
+
 def print_report(report: Report, console: Console | None = None) -> None:
     """Prints coverage, layers and verdict."""
-    console = console or Console()
+    console = console or wide_console()
     console.print(Text(report.coverage.summary()))
     console.print(layer_table(report))
     console.print(summary(report))
