@@ -34,6 +34,7 @@ from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import Scores, score
 from jaxrmils.zoo import mnist_cnn_task
 
+WIDTHS = ("int8", "int4", "float")
 RUN_KIND, REPORT_KIND = "jaxrmils run", "jaxrmils report"
 _TASKS = {"mnist_cnn": mnist_cnn_task}
 
@@ -141,6 +142,8 @@ def check_config(config: Any, graph: Graph) -> None:
         "policy.variant": (policy.variant, VARIANTS),
         "policy.normalization": (policy.normalization, NORMALIZATIONS),
         "policy.probe": (policy.probe, PROBES),
+        "policy.weights": (policy.weights, ("same", *WIDTHS)),
+        "policy.lookups": (policy.lookups, WIDTHS),
         "ranges.estimator": (settings.estimator, ESTIMATORS),
         "backend": (config.backend, ("", *BACKENDS)),
     }
@@ -148,6 +151,8 @@ def check_config(config: Any, graph: Graph) -> None:
         if value not in allowed:
             words = ", ".join(repr(choice) for choice in allowed)
             raise ConfigError(f"config field {field} is {value!r}; expected one of {words}")
+    if not policy.bits or not set(policy.bits) <= {8, 4}:
+        raise ConfigError(f"config field policy.bits is {policy.bits}; expected 8, 4 or both")
     if config.batch_size < 1 or config.verify.margin < 0 or not 0 < config.verify.alpha < 0.5:
         raise ConfigError(
             f"batch_size {config.batch_size}, verify.margin {config.verify.margin} and "

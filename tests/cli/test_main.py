@@ -124,6 +124,8 @@ def test_require_lossless_is_an_exit_code(folder):
         (["--config.policy.force=Dense_0"], USAGE, "write glob=format"),
         (["--config.policy.name=hawq"], USAGE, "policy.name is 'hawq'"),
         (["--config.ranges.estimator=kl"], USAGE, "ranges.estimator is 'kl'"),
+        (["--config.policy.bits=(16,)"], USAGE, "policy.bits is (16,); expected 8, 4 or both"),
+        (["--config.policy.weights=int3"], USAGE, "policy.weights is 'int3'"),
         (["--config.batch_size=0"], USAGE, "batch_size 0"),
         (["--config.batch_size=401"], USAGE, "batch_size is 401, but the data set has 400"),
         (["--config.task=tiny_task.py:broken_data"], BAD_INPUT, "NaN"),

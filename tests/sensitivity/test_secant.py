@@ -57,8 +57,9 @@ def absolute(found):
     return sum(parts) + sum(np.abs(w) for w in found.weights.values())
 
 
-# A path of a small network with ReLU has few kinks, each of which the quadrature steps over.
-KINKED = {"cnn": 0.1, "separable_cnn": 0.1, "nnx_mlp": 0.1, "bfloat16_transformer": 0.1}
+# Two points step over the kinks of ReLU: up to 6 % of the absolute shares in networks this small,
+# example by example. In bfloat16 the network's own rounding is the rest.
+COARSE = {"cnn": 0.1, "separable_cnn": 0.1, "nnx_mlp": 0.1, "bfloat16_transformer": 0.1}
 BY_KIND = [(name, "int4") for name in sorted(MODELS)]
 BY_KIND += [(name, "mixed") for name in ("cnn", "scanned_stack", "experts", "nnx_transformer")]
 
@@ -66,7 +67,7 @@ BY_KIND += [(name, "mixed") for name in ("cnn", "scanned_stack", "experts", "nnx
 @pytest.mark.parametrize(("name", "kind"), BY_KIND)
 def test_the_sum_over_sites_is_the_joint_change(name, kind):
     found = attributed(name, kind)
-    tolerance = KINKED.get(name, 0.01)
+    tolerance = COARSE.get(name, 0.01)
     assert np.abs(found.residual()).sum() <= tolerance * absolute(found).sum()
 
 
@@ -74,6 +75,11 @@ def test_the_sum_over_sites_is_the_joint_change(name, kind):
 def test_more_points_leave_less(name):
     one, four = (np.abs(attributed(name, "int4", t).residual()).sum() for t in (1, 4))
     assert four <= 0.5 * one
+
+
+def test_many_points_resolve_kinks():
+    found = attributed("separable_cnn", "int4", 24)
+    assert np.abs(found.residual()).sum() <= 0.02 * absolute(found).sum()
 
 
 @pytest.mark.parametrize("name", ["cnn", "experts", "scanned_stack", "cond_data"])
