@@ -9,14 +9,12 @@ markdown.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
+from results_file import write_table
 
 import jaxrmils as jr
-from jaxrmils.artifacts import versions
 from jaxrmils.cli.defaults import base_config
 from jaxrmils.cli.pipeline import batches, trace_task
 from jaxrmils.zoo import mnist_cnn_task
@@ -79,13 +77,7 @@ def write(out: Path, rows: list[dict]) -> None:
         f"| {r['correlation']:.4f} | {100 * r['rest']:.2f} % |"
         for r in rows
     ]
-    text = "\n".join(lines)
-    command = "python " + " ".join(sys.argv)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"command": command, "versions": versions(), "rows": rows}
-    out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    out.with_suffix(".md").write_text(f"`{command}`\n\n{text}\n")
-    print(text)
+    write_table(out, rows, lines)
 
 
 if __name__ == "__main__":

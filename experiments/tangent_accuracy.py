@@ -9,16 +9,14 @@ same examples (so that sampling plays no part). Writes JSON and markdown.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from results_file import write_table
 
 import jaxrmils as jr
-from jaxrmils.artifacts import versions
 from jaxrmils.cli.defaults import base_config
 from jaxrmils.cli.pipeline import batches, trace_task
 from jaxrmils.sensitivity import all_off, perturbed_losses
@@ -98,13 +96,7 @@ def write(out: Path, rows: list[dict]) -> None:
             f"| {r['site']} | {r['candidate']} | {r['predicted']:+.5f} | {r['measured']:+.5f} "
             f"| {r['mean_absolute_change']:.5f} | {fits} | {error} |"
         )
-    text = "\n".join(lines)
-    command = "python " + " ".join(sys.argv)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"command": command, "versions": versions(), "rows": rows}
-    out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    out.with_suffix(".md").write_text(f"`{command}`\n\n{text}\n")
-    print(text)
+    write_table(out, rows, lines)
 
 
 if __name__ == "__main__":

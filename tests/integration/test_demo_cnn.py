@@ -1,10 +1,8 @@
 """The demo's network on real digits: what is predicted is what is measured."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+import tangent_accuracy
 
 import jaxrmils as jr
 from jaxrmils.cli.defaults import base_config
@@ -12,8 +10,6 @@ from jaxrmils.cli.pipeline import batches, trace_task
 from jaxrmils.evaluation import measure_layers
 from jaxrmils.policies import predict
 from jaxrmils.zoo import mnist_cnn_task
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +22,8 @@ def params(task):
     return task.load_params()
 
 
-def experiment():
-    path = ROOT / "experiments" / "tangent_accuracy.py"
-    spec = importlib.util.spec_from_file_location("tangent_accuracy", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_single_int8_operands_are_predicted(task, params):
-    rows = experiment().measure(task, 125, params)
+    rows = tangent_accuracy.measure(task, 125, params)
     for row in rows:
         if row["candidate"] != "int8 nearest":
             continue
