@@ -22,17 +22,15 @@ from jaxrmils.evaluation import (
     EvaluationError,
     coverage_table,
     measure,
-    noninferiority,
     print_report,
-    verdict_words,
     wide_console,
 )
-from jaxrmils.evaluation.statistics import default_margin
 from jaxrmils.graph import TraceError, tabulate
 from jaxrmils.numerics import CalibrationError, format_size
 from jaxrmils.policies import PlanError
 from jaxrmils.progress import Progress, bars, silent
 from jaxrmils.sensitivity import ScoreError
+from jaxrmils.statistics import default_margin, noninferiority, verdict_words
 
 USAGE_ERRORS = (PlanError,)
 INPUT_ERRORS = (

@@ -13,8 +13,7 @@ import numpy as np
 from jaxrmils import artifacts
 from jaxrmils.cli.config import ConfigError, resolve_function
 from jaxrmils.data import Dataset, Task, check_disjoint
-from jaxrmils.evaluation import Report, measure, noninferiority, verdict_words, verify
-from jaxrmils.evaluation.statistics import NonInferiority
+from jaxrmils.evaluation import Report, measure, verify
 from jaxrmils.graph import Graph, tabulate, trace
 from jaxrmils.lowering import BACKENDS, QuantizedModel, quantize
 from jaxrmils.numerics import ESTIMATORS, Ranges, calibrate
@@ -32,6 +31,7 @@ from jaxrmils.policies import (
 )
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import Scores, score
+from jaxrmils.statistics import NonInferiority, noninferiority, verdict_words
 from jaxrmils.zoo import mnist_cnn_task
 
 WIDTHS = ("int8", "int4", "float")

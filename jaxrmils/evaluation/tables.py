@@ -8,10 +8,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from jaxrmils.evaluation.statistics import Interval
 from jaxrmils.evaluation.verify import LayerReport, Report
 from jaxrmils.graph import Coverage, Graph, ModelTable
 from jaxrmils.numerics import format_size
+from jaxrmils.statistics import Interval
 
 _ARROWS = {"floor": "floor ↓", "ceil": "ceil ↑", "nearest": "nearest"}
 

@@ -15,7 +15,13 @@ from jaxrmils.evaluation.measure import (
     measure,
     measure_layers,
 )
-from jaxrmils.evaluation.statistics import (
+from jaxrmils.graph import Coverage, Graph
+from jaxrmils.lowering import QuantizedModel, compiled_integer_sites
+from jaxrmils.numerics.calibration import Ranges
+from jaxrmils.policies import predict
+from jaxrmils.progress import Progress, silent
+from jaxrmils.sensitivity import Loss, Scores
+from jaxrmils.statistics import (
     AccuracyChange,
     Interval,
     NonInferiority,
@@ -25,12 +31,6 @@ from jaxrmils.evaluation.statistics import (
     noninferiority,
     verdict_words,
 )
-from jaxrmils.graph import Coverage, Graph
-from jaxrmils.lowering import QuantizedModel, compiled_integer_sites
-from jaxrmils.numerics.calibration import Ranges
-from jaxrmils.policies import predict
-from jaxrmils.progress import Progress, silent
-from jaxrmils.sensitivity import Loss, Scores
 
 
 @dataclass(frozen=True)

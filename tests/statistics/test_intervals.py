@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from jaxrmils.evaluation.statistics import (
+from jaxrmils.statistics import (
     accuracy_change,
     default_margin,
     mean_interval,

@@ -6,7 +6,7 @@ for changes of which 5 % are exponential and the rest small Gaussian noise, a "9
 on 200 examples holds 84 % of the time. Hall's transformation repairs that (96 %), but undercovers
 where both tails are heavy (91 %, where t has 95 %), since its skewness estimate is then noise. The
 default method takes the wider of the two at each end: a verdict should err towards "not shown".
-`tests/evaluation/test_statistics.py` simulates these coverages.
+`tests/statistics/test_intervals.py` simulates these coverages.
 
 References:
     Hall, P. (1992). On the removal of skewness by transformation. Journal of the Royal Statistical
