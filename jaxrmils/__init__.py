@@ -26,9 +26,11 @@ from jaxrmils.lowering import quantize as quantize
 from jaxrmils.numerics import Ranges as Ranges
 from jaxrmils.numerics import calibrate as calibrate
 from jaxrmils.policies import LayerPlan as LayerPlan
+from jaxrmils.policies import Lossless as Lossless
 from jaxrmils.policies import Plan as Plan
 from jaxrmils.policies import assign as assign
 from jaxrmils.policies import attribute as attribute
+from jaxrmils.policies import lossless as lossless
 from jaxrmils.policies import mu_values as mu_values
 from jaxrmils.policies import plan_from_tree as plan_from_tree
 from jaxrmils.policies import predict as predict

@@ -11,5 +11,8 @@ from jaxrmils.artifacts.ranges_file import load_ranges as load_ranges
 from jaxrmils.artifacts.ranges_file import save_ranges as save_ranges
 from jaxrmils.artifacts.record_file import load_record as load_record
 from jaxrmils.artifacts.record_file import save_record as save_record
+from jaxrmils.artifacts.report_files import load_run as load_run
+from jaxrmils.artifacts.report_files import write_page as write_page
+from jaxrmils.artifacts.report_files import write_spreadsheets as write_spreadsheets
 from jaxrmils.artifacts.scores_file import load_scores as load_scores
 from jaxrmils.artifacts.scores_file import save_scores as save_scores

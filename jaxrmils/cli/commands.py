@@ -30,7 +30,7 @@ from jaxrmils.numerics import CalibrationError, format_size
 from jaxrmils.policies import PlanError
 from jaxrmils.progress import Progress, bars, silent
 from jaxrmils.sensitivity import ScoreError
-from jaxrmils.statistics import default_margin, noninferiority, verdict_words
+from jaxrmils.statistics import noninferiority, verdict_words
 
 USAGE_ERRORS = (PlanError,)
 INPUT_ERRORS = (
@@ -87,8 +87,8 @@ def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
     print_report(result.report, console)
     if all(layer.is_float for layer in result.plan.layers.values()):
         console.print(_nothing_passed(config, result))
-    if result.comparisons:
-        console.print(_comparison_table(result))
+    if result.report.lossless:
+        console.print(Text(f"Search     {result.report.lossless['words']}"))
     if result.mu:
         console.print(_mu_table(result))
     console.print(f"Files      {args.out}: {', '.join(written)}")
@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
 
 
 def _nothing_passed(config: Any, result: pipeline.Result) -> str:
-    if config.policy.name != "rmils" or not result.mu:
+    if not result.mu:
         return "Note       the plan leaves every layer in float"
     values = {
         (name, bits): value
@@ -110,22 +110,6 @@ def _nothing_passed(config: Any, result: pipeline.Result) -> str:
         f"Note       no layer's mu reaches the threshold {config.policy.mu}, so every layer stays "
         f"float; the largest is {largest:.3g} ({name} in int{bits}): lower policy.mu"
     )
-
-
-def _comparison_table(result: pipeline.Result) -> Table:
-    table = Table(
-        title="Beside it, on the same held-out data", title_justify="left", pad_edge=False
-    )
-    table.add_column("plan")
-    table.add_column("size", justify="right")
-    table.add_column("Δloss", justify="right")
-    table.add_column("verdict")
-    report = result.report
-    rows = [("this plan", report.quantized_bits, report.test, report.verdict)]
-    rows += [(c.name, c.size_bits, c.test, c.verdict) for c in result.comparisons]
-    for name, bits, test, verdict in rows:
-        table.add_row(name, format_size(bits), f"{test.mean:+.5f}", verdict)
-    return table
 
 
 def _mu_table(result: pipeline.Result) -> Table:
@@ -177,7 +161,18 @@ def evaluate(args: argparse.Namespace) -> Outcome:
             "that chose the plan could judge it"
         )
     model = artifacts.load_model(folder / "model", task.apply)
-    held_out = pipeline.batches(task.split(args.split), config.batch_size)
+    params = None
+    if not args.no_float:
+        params = task.load_params()
+    if config.loss != "task":
+        if params is None:
+            raise ConfigError(
+                f"the run's loss is {config.loss!r}, the distance to the float model's outputs; "
+                "leave out --no-float"
+            )
+        task = pipeline.without_labels(task, model.graph, params, config.loss, config.batch_size)
+    split = task.split(args.split)
+    held_out = pipeline.batches(split, config.batch_size)
     after = measure(model.graph, model, held_out, task.loss, progress=_progress(args))
     data: dict[str, Any] = {
         "run": str(folder),
@@ -194,11 +189,12 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     if after.correct is not None:
         lines.append(f"Accuracy   {100 * data['accuracy']:.2f} %")
     passed = False
-    if not args.no_float:
-        params = task.load_params()
+    if params is not None:
         before = measure(model.graph, lambda x: task.apply(params, x), held_out, task.loss)
-        margin = config.verify.margin or default_margin(float(before.loss.mean()))
-        test = noninferiority(after.loss - before.loss, margin=margin, alpha=config.verify.alpha)
+        margin = config.verify.margin or artifacts.load_run(folder).report.test.margin
+        test = noninferiority(
+            after.loss - before.loss, margin=margin, alpha=config.verify.alpha, groups=split.groups
+        )
         passed = test.passed
         data |= {"float_loss": float(before.loss.mean()), "change": asdict(test)}
         data["verdict"] = verdict_words(test)

@@ -19,6 +19,9 @@ def base_config() -> Any:
     # config and a progress drawer and returns a `jaxrmils.data.Task`.
     config.task = "mnist_cnn"
     config.batch_size = 125
+    # What is kept low: "task", or without labels the distance to the float model's own outputs,
+    # "kl" (of their softmax) or "squared".
+    config.loss = "task"
     config.backend = ""  # "cpu", "cuda", "tpu"; empty for where jax runs
 
     config.train = ConfigDict()
@@ -41,7 +44,7 @@ def base_config() -> Any:
     config.ranges.percentile = 99.99
 
     config.policy = ConfigDict()
-    config.policy.name = "rmils"  # or uniform
+    config.policy.name = "rmils"  # or lossless, uniform
     config.policy.mu = 0.001  # rmils: the threshold
     config.policy.variant = "radical"  # rmils: or balanced
     config.policy.normalization = "raw"  # rmils: raw, t, cosine
@@ -49,6 +52,12 @@ def base_config() -> Any:
     config.policy.bits = (8,)  # rmils: widths to choose from
     config.policy.weights = "same"  # rmils: same, int8, int4, float
     config.policy.lookups = "float"  # rmils: int8, int4, float
+    config.policy.formats = ("w8a8", "w4a8", "w4a4")  # lossless: formats to choose from
+    config.policy.rounds = 4  # lossless: how often secant shares are taken at the boundary
+    config.policy.length = 10  # lossless: plans to test, at most
+    config.policy.caution = 1.0  # lossless: standard errors added to what a format costs
+    config.policy.compute = 0.1  # lossless: what a share of the work counts against one of the size
+    config.policy.directed = True  # lossless: allow rounding directions that pay
     config.policy.format = "int8"  # uniform: int8, int4, float, w4a8, ...
     config.policy.skip = ()  # globs of layers that stay float
     config.policy.force = ()  # "glob=format", first match counts
@@ -57,5 +66,8 @@ def base_config() -> Any:
     config.verify.margin = 0.0  # largest loss change that is lossless; 0 for 0.5 %, >= 0.005
     config.verify.alpha = 0.05
     config.verify.layers = True  # also measure every layer alone
-    config.verify.compare = ("int8", "int4")  # uniform plans to show beside the plan
+    config.verify.attribute = True  # share out the joint change among the layers
+    config.verify.points = 2  # quadrature points of that
+    config.verify.controls = True  # other roundings, constant shift, temperature, uniform plans
+    config.verify.compare = ("int8", "int4")  # uniform plans among the controls
     return config

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 import jaxrmils
-from jaxrmils.cli import commands
+from jaxrmils.cli import commands, reporting
 from jaxrmils.cli.config import ConfigError
 
 OK, CRASHED, USAGE, BAD_INPUT, NOT_LOSSLESS = range(5)
@@ -37,6 +37,8 @@ Mixed-precision post-training quantization for JAX and Flax models.
   jaxrmils inspect  --config FILE               the layers of a model and what can't be quantized
   jaxrmils quantize --config FILE --out RUN     calibrate, score, plan, quantize, verify, save
   jaxrmils evaluate RUN                         a saved model on held-out data
+  jaxrmils report   RUN                         a saved run again: tables, web page, spreadsheets
+  jaxrmils compare  RUN RUN                     saved runs side by side
 """
 
 
@@ -50,12 +52,16 @@ def build_parser() -> argparse.ArgumentParser:
         ("inspect", "list a model's layers, sizes and coverage", _inspect),
         ("quantize", "quantize a model as a config file says", _quantize),
         ("evaluate", "evaluate a saved run on held-out data", _evaluate),
+        ("report", "show a saved run again, as tables, web page and spreadsheets", _report),
+        ("compare", "lay saved runs side by side", _compare),
     ):
         sub = subparsers.add_parser(
             name,
             help=help_,
             description=build.__doc__,
-            epilog=_OVERRIDES + "\n" + _EXIT_CODES,
+            epilog=_EXIT_CODES
+            if name in ("report", "compare")
+            else _OVERRIDES + "\n" + _EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -125,6 +131,29 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-float", action="store_true", help="measure the integer model alone")
     _add_require(parser)
     parser.set_defaults(run=commands.evaluate)
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    """Prints a saved run's tables and writes report.html, which opens offline, layers.csv and
+    controls.csv into its folder. Needs neither the model nor the data.
+    """
+    parser.add_argument("run_folder", metavar="RUN", help="a folder that quantize or demo wrote")
+    parser.add_argument(
+        "--out",
+        metavar="FILE.html",
+        help="another place for the page; the spreadsheets go beside it and nothing into RUN",
+    )
+    _add_require(parser)
+    parser.set_defaults(run=reporting.report)
+
+
+def _compare(parser: argparse.ArgumentParser) -> None:
+    """Lays saved runs side by side: verdicts, sizes, loss and accuracy changes, the layers on which
+    the plans differ, and why numbers may not be comparable (other data, margins or models).
+    """
+    parser.add_argument("run_folders", metavar="RUN", nargs="+", help="two run folders or more")
+    parser.add_argument("--out", metavar="FILE.html", help="also write this page")
+    parser.set_defaults(run=reporting.compare_runs)
 
 
 def _add_require(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +11,29 @@ import jax
 import numpy as np
 
 from jaxrmils import artifacts
+from jaxrmils.artifacts.report_files import REPORT_KIND, RUN_KIND
+from jaxrmils.cli.checks import check_config, forced, search_of
 from jaxrmils.cli.config import ConfigError, resolve_function
 from jaxrmils.data import Dataset, Task, check_disjoint
-from jaxrmils.evaluation import Report, measure, verify
+from jaxrmils.evaluation import Report, verify
 from jaxrmils.graph import Graph, tabulate, trace
-from jaxrmils.lowering import BACKENDS, QuantizedModel, quantize
-from jaxrmils.numerics import ESTIMATORS, Ranges, calibrate
+from jaxrmils.lowering import QuantizedModel, quantize
+from jaxrmils.numerics import Ranges, calibrate
 from jaxrmils.policies import (
-    NORMALIZATIONS,
-    POLICIES,
-    PROBES,
-    VARIANTS,
-    Constraints,
+    Lossless,
     Plan,
+    lossless,
     mu_values,
-    parse_format,
     rmils,
+    steps_of,
     uniform,
 )
 from jaxrmils.progress import Progress, silent
-from jaxrmils.sensitivity import Scores, score
-from jaxrmils.statistics import NonInferiority, noninferiority, verdict_words
+from jaxrmils.sensitivity import Scores, label_free, score, with_float_outputs
+from jaxrmils.sensitivity.losses import LabelFree
 from jaxrmils.zoo import mnist_cnn_task
 
-WIDTHS = ("int8", "int4", "float")
-RUN_KIND, REPORT_KIND = "jaxrmils run", "jaxrmils report"
 _TASKS = {"mnist_cnn": mnist_cnn_task}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A uniform plan beside the chosen one: its size and its test on the same held-out data."""
-
-    name: str
-    size_bits: int
-    test: NonInferiority
-    verdict: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +41,9 @@ class Result:
     """What a run made.
 
     Attributes:
-      task, graph, ranges, scores, plan, model: the stages' results.
+      task, graph, ranges, scores, plan, model: the stages' results; no scores without labels.
       params: the float parameters.
-      report: predicted against measured, and the verdict.
-      comparisons: uniform plans on the same data.
+      report: predicted against measured, the controls and the verdict.
       mu: for the rmils policy, every layer's mu at 8 and 4 bits; else empty.
     """
 
@@ -65,11 +51,10 @@ class Result:
     graph: Graph
     params: Any
     ranges: Ranges
-    scores: Scores
+    scores: Scores | None
     plan: Plan
     model: QuantizedModel
     report: Report
-    comparisons: tuple[Comparison, ...]
     mu: dict[str, dict[int, float]]
 
 
@@ -104,17 +89,46 @@ def trace_task(task: Task) -> Graph:
     return trace(task.apply, task.shapes, inputs)
 
 
-def make_plan(config: Any, graph: Graph, scores: Scores) -> Plan:
-    """The plan of the configured policy.
+def make_plan(
+    config: Any,
+    graph: Graph,
+    params: Any,
+    task: Task,
+    ranges: Ranges,
+    scores: Scores | None,
+    progress: Progress = silent,
+) -> tuple[Plan, Lossless | None]:
+    """The plan of the configured policy, and how `lossless` came to it.
 
     Raises:
       PlanError: an option that the policy does not take.
     """
-    policy = config.policy
-    force = _forced(policy.force)
+    policy, fixed = config.policy, forced(config.policy.force)
     if policy.name == "uniform":
-        return uniform(scores.table, policy.format, skip=policy.skip, force=force)
-    return rmils(
+        return uniform(tabulate(graph), policy.format, skip=policy.skip, force=fixed), None
+    if policy.name == "lossless":
+        selection, confirmation = task.split("selection"), task.split("confirmation")
+        found = lossless(
+            graph,
+            params,
+            batches(selection, config.batch_size),
+            batches(confirmation, config.batch_size),
+            task.loss,
+            ranges,
+            margin=config.verify.margin or None,
+            alpha=config.verify.alpha,
+            search=search_of(policy),
+            scores=scores,
+            directed=policy.directed,
+            groups=confirmation.groups,
+            selection_groups=selection.groups,
+            skip=policy.skip,
+            force=fixed,
+            progress=progress,
+        )
+        return found.plan, found
+    assert scores is not None
+    plan = rmils(
         graph,
         scores,
         mu=policy.mu,
@@ -125,54 +139,30 @@ def make_plan(config: Any, graph: Graph, scores: Scores) -> Plan:
         weights=policy.weights,
         lookups=policy.lookups,
         skip=policy.skip,
-        force=force,
+        force=fixed,
     )
+    return plan, None
 
 
-def check_config(config: Any, graph: Graph) -> None:
-    """Finds mistakes in a config before anything expensive runs.
+def without_labels(
+    task: Task, graph: Graph, params: Any, kind: LabelFree, size: int, progress: Progress = silent
+) -> Task:
+    """The task with the float model's outputs in place of its targets.
 
-    Raises:
-      ConfigError: an unknown choice or a number out of range.
-      PlanError: a pattern that matches nothing, an unknown format.
+    Args:
+      task: whose targets are not read.
+      graph: from `trace_task`.
+      params: the float parameters.
+      kind: "kl" or "squared".
+      size: examples in a batch.
+      progress: draws a bar.
     """
-    policy, settings = config.policy, config.ranges
-    choices = {
-        "policy.name": (policy.name, POLICIES),
-        "policy.variant": (policy.variant, VARIANTS),
-        "policy.normalization": (policy.normalization, NORMALIZATIONS),
-        "policy.probe": (policy.probe, PROBES),
-        "policy.weights": (policy.weights, ("same", *WIDTHS)),
-        "policy.lookups": (policy.lookups, WIDTHS),
-        "ranges.estimator": (settings.estimator, ESTIMATORS),
-        "backend": (config.backend, ("", *BACKENDS)),
-    }
-    for field, (value, allowed) in choices.items():
-        if value not in allowed:
-            words = ", ".join(repr(choice) for choice in allowed)
-            raise ConfigError(f"config field {field} is {value!r}; expected one of {words}")
-    if not policy.bits or not set(policy.bits) <= {8, 4}:
-        raise ConfigError(f"config field policy.bits is {policy.bits}; expected 8, 4 or both")
-    if config.batch_size < 1 or config.verify.margin < 0 or not 0 < config.verify.alpha < 0.5:
-        raise ConfigError(
-            f"batch_size {config.batch_size}, verify.margin {config.verify.margin} and "
-            f"verify.alpha {config.verify.alpha}: expected >= 1, >= 0, and between 0 and 0.5"
-        )
-    Constraints(policy.skip, _forced(policy.force)).resolve(tabulate(graph))
-    for name in (policy.format, *config.verify.compare):
-        parse_format(name)
-
-
-def _forced(entries: tuple[str, ...]) -> dict[str, str]:
-    force = {}
-    for entry in entries:
-        pattern, separator, format_ = entry.rpartition("=")
-        if not separator:
-            raise ConfigError(
-                f"policy.force holds {entry!r}; write glob=format, as in Dense_*=w8a8"
-            )
-        force[pattern] = format_
-    return force
+    data = batches(task.dataset, size)
+    outputs = [y for _, y in with_float_outputs(graph, params, data, progress=progress)]
+    targets = jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
+    return replace(
+        task, dataset=replace(task.dataset, targets=targets), loss=label_free(kind), params=params
+    )
 
 
 def run(config: Any, path: str | Path | None = None, progress: Progress = silent) -> Result:
@@ -195,6 +185,8 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
     graph = trace_task(task)
     check_config(config, graph)
     params = task.load_params()
+    if config.loss != "task":
+        task = without_labels(task, graph, params, config.loss, config.batch_size, progress)
     size, settings = config.batch_size, config.ranges
     ranges = calibrate(
         graph,
@@ -205,31 +197,43 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
         percentile=settings.percentile,
         progress=progress,
     )
-    scores = score(
-        graph,
-        params,
-        batches(task.split("selection"), size),
-        task.loss,
-        ranges,
-        shift_probe=config.policy.name == "rmils" and config.policy.probe == "shift",
-        progress=progress,
-    )
-    plan = make_plan(config, graph, scores)
+    selection = task.split("selection")
+    scores = None
+    if config.loss == "task":
+        scores = score(
+            graph,
+            params,
+            batches(selection, size),
+            task.loss,
+            ranges,
+            shift_probe=config.policy.name == "rmils" and config.policy.probe == "shift",
+            progress=progress,
+        )
+    plan, search = make_plan(config, graph, params, task, ranges, scores, progress)
     model = quantize(graph, params, plan, ranges, backend=config.backend or None)
-    held_out = batches(task.split("test"), size)
+    settings, test = config.verify, task.split("test")
     report = verify(
         graph,
         params,
         model,
-        held_out,
+        batches(test, size),
         task.loss,
-        ranges=ranges if config.verify.layers else None,
+        ranges=ranges,
         scores=scores,
-        margin=config.verify.margin or None,
-        alpha=config.verify.alpha,
+        margin=search.margin if search else settings.margin or None,
+        alpha=settings.alpha,
+        groups=test.groups,
+        layers=settings.layers,
+        attributed=settings.attribute,
+        points=settings.points,
+        selection=batches(selection, size) if settings.controls else None,
+        selection_groups=selection.groups,
+        compare=settings.compare,
+        seed=config.seed,
         progress=progress,
     )
-    comparisons = _compare(config, graph, params, ranges, held_out, task, report, progress)
+    if search:
+        report = replace(report, lossless=steps_of(search))
     return Result(
         task=task,
         graph=graph,
@@ -239,44 +243,15 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
         plan=plan,
         model=model,
         report=report,
-        comparisons=comparisons,
         mu=_mu(config, graph, scores),
     )
 
 
-def _mu(config: Any, graph: Graph, scores: Scores) -> dict[str, dict[int, float]]:
+def _mu(config: Any, graph: Graph, scores: Scores | None) -> dict[str, dict[int, float]]:
     policy = config.policy
-    if policy.name != "rmils":
+    if policy.name != "rmils" or scores is None:
         return {}
     return mu_values(graph, scores, normalization=policy.normalization, probe=policy.probe)
-
-
-def _compare(
-    config: Any,
-    graph: Graph,
-    params: Any,
-    ranges: Ranges,
-    held_out: list[tuple[Any, Any]],
-    task: Task,
-    report: Report,
-    progress: Progress,
-) -> tuple[Comparison, ...]:
-    if not config.verify.compare:
-        return ()
-    before = measure(graph, lambda x: graph.apply(params, x), held_out, task.loss)
-    result = []
-    names = config.verify.compare
-    for name in progress(names, "measuring uniform plans", len(names)):
-        table = tabulate(graph)
-        model = quantize(
-            graph, params, uniform(table, name), ranges, backend=config.backend or None
-        )
-        after = measure(graph, model, held_out, task.loss)
-        test = noninferiority(
-            after.loss - before.loss, margin=report.test.margin, alpha=report.test.alpha
-        )
-        result.append(Comparison(f"uniform {name}", model.size_bits, test, verdict_words(test)))
-    return tuple(result)
 
 
 def save(result: Result, config: Any, path: str | Path | None, out: str | Path) -> list[str]:
@@ -299,29 +274,24 @@ def save(result: Result, config: Any, path: str | Path | None, out: str | Path) 
         "splits": result.task.splits.fingerprint,
         "versions": artifacts.versions(),
     }
+    written = ["plan.json"]
     artifacts.save_plan(result.plan, out / "plan.json")
-    artifacts.save_scores(result.scores, out / "scores", info={"seed": config.seed})
+    if result.scores is not None:
+        artifacts.save_scores(result.scores, out / "scores", info={"seed": config.seed})
+        written.append("scores")
     artifacts.save_model(result.model, out / "model", info={"seed": config.seed})
     artifacts.save_record(report_dict(result), out / "report.json", REPORT_KIND)
     artifacts.save_record(info, out / "run.json", RUN_KIND)
-    return ["plan.json", "scores", "model", "run.json", "report.json"]
+    saved = artifacts.load_run(out)
+    artifacts.write_page(saved.document, out / "report.html", saved.run)
+    artifacts.write_spreadsheets(saved.document, out / "layers.csv", out / "controls.csv")
+    records = ["run.json", "report.json", "report.html", "layers.csv", "controls.csv"]
+    return [*written, "model", *records]
 
 
 def report_dict(result: Result) -> dict[str, Any]:
-    """The report and the comparisons as plain JSON values."""
-    report = result.report.to_dict()
-    report["mu"] = result.mu
-    report["comparisons"] = [
-        {
-            "name": c.name,
-            "size_bits": c.size_bits,
-            "mean": c.test.mean,
-            "upper_bound": c.test.upper_bound,
-            "passed": c.test.passed,
-            "verdict": c.verdict,
-        }
-        for c in result.comparisons
-    ]
+    """The report and mu as plain JSON values."""
+    report = {**result.report.to_dict(), "mu": result.mu}
     return json.loads(json.dumps(report, default=_plain))
 
 

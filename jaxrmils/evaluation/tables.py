@@ -2,37 +2,123 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import IO, Any
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from jaxrmils.evaluation.controls import THIS_PLAN, Control
 from jaxrmils.evaluation.verify import LayerReport, Report
 from jaxrmils.graph import Coverage, Graph, ModelTable
 from jaxrmils.numerics import format_size
-from jaxrmils.statistics import Interval
+from jaxrmils.statistics import AccuracyChange, Interval, NonInferiority
 
-_ARROWS = {"floor": "floor ↓", "ceil": "ceil ↑", "nearest": "nearest"}
+_ARROWS = {"floor": "↓", "ceil": "↑", "nearest": "="}
 
 
 def layer_table(report: Report) -> Table:
-    """Bits, rounding, predicted and measured loss change and size of every layer."""
-    table = Table(title="Layers", title_justify="left", show_footer=True, pad_edge=False)
+    """Format, predicted, attributed and measured loss change and size of every layer."""
+    table = Table(
+        title="Layers",
+        title_justify="left",
+        caption="Rounding of the inputs: = nearest, ↓ floor, ↑ ceil. Predicted: tangent, on "
+        "selection data. Attributed: secant\nshare of the joint change, measured: the layer alone "
+        "(last row: all layers), both on held-out data.",
+        caption_justify="left",
+        show_footer=True,
+        pad_edge=False,
+    )
     table.add_column("layer", footer="whole model", overflow="fold")
-    table.add_column("format")
-    table.add_column("rounding")
-    table.add_column("predicted Δloss", justify="right", footer=_change(report.predicted))
-    table.add_column("measured Δloss", justify="right", footer=_change(report.measured))
-    table.add_column("size", justify="right", footer=_sizes(report))
+    table.add_column("format", no_wrap=True)
+    for name, total in (
+        ("predicted Δloss", report.predicted),
+        ("attributed Δloss", report.attributed),
+        ("measured Δloss", report.measured),
+    ):
+        table.add_column(name, justify="right", no_wrap=True, footer=_change(total))
+    table.add_column("size", justify="right", no_wrap=True, footer=_sizes(report))
     for row in report.layers:
         table.add_row(
             row.name,
-            row.format,
-            " ".join(_ARROWS[r] for r in row.rounding) or "-",
+            f"{row.format} {''.join(_ARROWS[r] for r in row.rounding)}".strip(),
             _change(row.predicted),
+            _change(row.attributed),
             _change(row.measured),
             _layer_size(row),
+        )
+    return table
+
+
+def joint_table(report: Report) -> Table:
+    """The whole model's change: what the tangent and the secant say, and what was measured."""
+    table = Table(title="All layers together, Δloss", title_justify="left", pad_edge=False)
+    for name, data in (
+        ("tangent", "selection"),
+        ("secant", "selection"),
+        ("secant", "held-out"),
+        ("secant's rest", "held-out"),
+        ("measured", "held-out"),
+    ):
+        table.add_column(f"{name}\n{data}", justify="right", no_wrap=True)
+    table.add_row(
+        _change(report.predicted),
+        _change(report.predicted_secant),
+        _change(report.attributed),
+        _change(report.residual),
+        _change(report.measured),
+    )
+    return table
+
+
+def controls_table(controls: Sequence[Control]) -> Group:
+    """A plan beside its controls, with notes below."""
+    table = Table(
+        title="Controls, simulated on the same held-out data", title_justify="left", pad_edge=False
+    )
+    confidence = 100 * (1 - controls[0].test.alpha) if controls else 95
+    table.add_column("", overflow="fold")
+    for name in ("size", "Δloss", f"{confidence:g} % bounds", "accuracy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for control in controls:
+        test = control.test
+        table.add_row(
+            control.name,
+            format_size(control.size_bits),
+            f"{test.mean:+.5f}",
+            f"{test.lower_bound:+.5f} {test.upper_bound:+.5f}",
+            "-"
+            if control.accuracy_difference is None
+            else f"{100 * control.accuracy_difference:+.2f} pt",
+            _short_verdict(test),
+            style="bold" if control.kind == THIS_PLAN else "",
+        )
+    notes = [Text(f"  {c.name}: {c.note}") for c in controls if c.note]
+    return Group(table, *notes)
+
+
+def _short_verdict(test: NonInferiority) -> str:
+    if test.passed:
+        return "lossless"
+    return "not lossless" if test.lower_bound > test.margin else "no evidence"
+
+
+def curve_table(report: Report) -> Table:
+    """The prediction against the number of selection examples."""
+    table = Table(
+        title="With fewer selection examples",
+        title_justify="left",
+        caption="Sign: share of inputs whose mean gradient has the sign that all examples give it.",
+        caption_justify="left",
+        pad_edge=False,
+    )
+    for name in ("examples", "predicted Δloss", "sign"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for point in report.curve:
+        table.add_row(
+            str(point.examples), _change(point.predicted), f"{100 * point.sign_agreement:.0f} %"
         )
     return table
 
@@ -59,16 +145,14 @@ def summary(report: Report) -> Text:
     share = 100 * report.quantized_bits / report.float_bits
     lines = [
         f"Verdict    {report.verdict}",
+        f"Bounds     {_bounds(report.test)}",
         f"Size       {_sizes(report)} ({share:.1f} %)",
         f"Loss       float {report.float_loss:.5f}, change {_change(report.measured)} "
         f"(95 % interval, {report.measured.n} held-out examples)",
     ]
     if report.accuracy is not None and report.float_accuracy is not None:
-        a = report.accuracy
         lines.append(
-            f"Accuracy   float {100 * report.float_accuracy:.2f} %, change "
-            f"{100 * a.difference:+.2f} points ({a.gained} gained, {a.lost} lost, McNemar p = "
-            f"{a.p_value:.2g})"
+            f"Accuracy   float {100 * report.float_accuracy:.2f} %, {_accuracy(report.accuracy)}"
         )
     lines.append(
         f"Simulation {100 * report.differing_codes:.4f} % of the activation codes differ from the "
@@ -80,6 +164,25 @@ def summary(report: Report) -> Text:
     )
     lines += [f"Note       {note}" for note in report.notes]
     return Text("\n".join(lines))
+
+
+def _accuracy(a: AccuracyChange) -> str:
+    words = (
+        f"change {100 * a.difference:+.2f} points ({a.gained} gained, {a.lost} lost, "
+        f"p = {a.p_value:.2g})"
+    )
+    if a.drop_upper is None:  # A report that was saved before there were bounds.
+        return words
+    return f"{words}, {100 * (1 - a.alpha):g} % bound of the drop {100 * a.drop_upper:.2f}"
+
+
+def _bounds(test: NonInferiority) -> str:
+    bounds = test.bounds or {test.method: (test.lower_bound, test.upper_bound)}
+    each = ", ".join(
+        f"{name} {lower:+.5f} to {upper:+.5f}" for name, (lower, upper) in bounds.items()
+    )
+    clustered = "" if test.groups is None else f"; {test.groups} groups of dependent examples"
+    return f"{each} ({test.method} decides{clustered})"
 
 
 def coverage_table(graph: Graph, table: ModelTable) -> Group:
@@ -126,8 +229,14 @@ def wide_console(file: IO[str] | None = None) -> Console:
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Prints coverage, layers and verdict."""
+    """Prints coverage, layers, controls and verdict."""
     console = console or wide_console()
     console.print(Text(report.coverage.summary()))
     console.print(layer_table(report))
+    if report.predicted is not None or report.attributed is not None:
+        console.print(joint_table(report))
+    if report.controls:
+        console.print(controls_table(report.controls))
+    if report.curve:
+        console.print(curve_table(report))
     console.print(summary(report))

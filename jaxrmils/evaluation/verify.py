@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxrmils.evaluation.measure import (
-    EvaluationError,
-    Measured,
-    code_agreement,
-    measure,
-    measure_layers,
-)
+from jaxrmils.evaluation.controls import Control, controls, explanations
+from jaxrmils.evaluation.curve import CurvePoint, calibration_curve
+from jaxrmils.evaluation.measure import code_agreement, measure, measure_layers
+from jaxrmils.evaluation.simulate import EvaluationError, Measured, SimulatedModel
 from jaxrmils.graph import Coverage, Graph
 from jaxrmils.lowering import QuantizedModel, compiled_integer_sites
 from jaxrmils.numerics.calibration import Ranges
-from jaxrmils.policies import predict
+from jaxrmils.policies import Plan, attribute, predict
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import Loss, Scores
 from jaxrmils.statistics import (
@@ -43,7 +42,9 @@ class LayerReport:
       rounding: rounding directions of its activations.
       float_bits, quantized_bits: size of its weight before and after, in bits.
       predicted: first-order prediction of its loss change on the selection data.
+      attributed: its secant share of the joint change on the held-out data.
       measured: change measured on the held-out data with this layer alone quantized.
+      curvature: second-order prediction on the selection data; None where none was made.
     """
 
     name: str
@@ -52,7 +53,9 @@ class LayerReport:
     float_bits: int
     quantized_bits: int
     predicted: Interval | None
+    attributed: Interval | None
     measured: Interval | None
+    curvature: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,10 @@ class Report:
       coverage: what became of every dot and convolution.
       float_bits, quantized_bits: size of the whole model before and after, in bits.
       float_loss: mean loss of the float model on the held-out data.
-      predicted: sum of the layers' predictions, on the selection data.
+      predicted: sum of the layers' first-order predictions (tangent), on the selection data.
+      predicted_secant: sum of the layers' secant shares on the selection data.
+      attributed: sum of the layers' secant shares on the held-out data.
+      residual: the simulated joint change on the held-out data minus `attributed`.
       measured: paired loss change of the whole integer model, on the held-out data.
       test: the non-inferiority test behind the verdict.
       verdict: the test's outcome in plain words.
@@ -75,6 +81,9 @@ class Report:
       code_steps: by how many steps they differ at most.
       planned_sites: sites whose activations the plan quantizes.
       integer_sites: those of them at which the compiled program holds an integer operation.
+      controls: the simulated plan and what it is compared with; empty where they were not run.
+      curve: the prediction against the number of selection examples; empty without scores.
+      lossless: the record of a search for a lossless plan; None where there was none.
       notes: what a user should know (formats that are smaller but not faster, ...).
     """
 
@@ -84,6 +93,9 @@ class Report:
     quantized_bits: int
     float_loss: float
     predicted: Interval | None
+    predicted_secant: Interval | None
+    attributed: Interval | None
+    residual: Interval | None
     measured: Interval
     test: NonInferiority
     verdict: str
@@ -93,7 +105,10 @@ class Report:
     code_steps: int
     planned_sites: int
     integer_sites: int
-    notes: tuple[str, ...] = field(default=())
+    controls: tuple[Control, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+    lossless: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists and numbers, for JSON."""
@@ -111,6 +126,14 @@ def verify(
     scores: Scores | None = None,
     margin: float | None = None,
     alpha: float = 0.05,
+    groups: Any = None,
+    layers: bool = True,
+    attributed: bool = True,
+    points: int = 2,
+    selection: Sequence[tuple[Any, Any]] | None = None,
+    selection_groups: Any = None,
+    compare: Sequence[str] = ("int8", "int4"),
+    seed: int = 0,
     progress: Progress = silent,
 ) -> Report:
     """Measures a quantized model against its float model and puts the result into words.
@@ -122,21 +145,34 @@ def verify(
       batches: held-out `(inputs, targets)` batches that chose nothing: neither ranges, nor scores,
         nor the plan, nor the training of the model.
       loss: `loss(outputs, targets) -> [batch]`.
-      ranges: to also measure every layer alone; None leaves that out.
+      ranges: those that the plan was made with; without them nothing is simulated (no layers, no
+        attribution, no controls).
       scores: to show the predictions beside the measurement.
       margin: largest mean loss change that counts as lossless; default 0.5 % of the float loss,
         at least 0.005.
       alpha: one-sided level of the test.
+      groups: [N], which held-out examples belong together (one patient, one speaker), so that
+        intervals are clustered; None for examples that are independent.
+      layers: also measure every layer alone.
+      attributed: also share out the joint change among the layers (`attribute`).
+      points: quadrature points of the attribution.
+      selection: the selection data's batches, on which the controls are fitted; None leaves the
+        controls and the secant's prediction out.
+      selection_groups: as `groups`, for the selection data.
+      compare: uniform formats among the controls.
+      seed: of the control with random directions.
       progress: see `jaxrmils.progress`.
 
     Returns:
       The report.
 
     Raises:
-      EvaluationError: no data, or losses that are not finite.
+      EvaluationError: no data, groups of another length, or losses that are not finite.
     """
     if not batches:
         raise EvaluationError("the held-out data holds no batches")
+    if selection and ranges is None:
+        raise EvaluationError("selection data was given for the controls; they need ranges= too")
     before = measure(
         graph,
         lambda x: graph.apply(params, x),
@@ -149,66 +185,166 @@ def verify(
         graph, model, batches, loss, progress=progress, description="measuring the integer model"
     )
     changes = after.loss - before.loss
+    _check_groups("groups", groups, len(changes))
+    if scores is not None:
+        _check_groups("selection_groups", selection_groups, len(scores))
     float_loss = float(before.loss.mean())
-    test = noninferiority(
-        changes, margin=default_margin(float_loss) if margin is None else margin, alpha=alpha
-    )
-    alone = (
-        measure_layers(graph, params, model.plan, ranges, batches, loss, progress=progress)
-        if ranges is not None
-        else {}
-    )
+    margin = default_margin(float_loss) if margin is None else margin
+    test = noninferiority(changes, margin=margin, alpha=alpha, groups=groups)
+    simulated = _Simulated()
+    if ranges is not None:
+        simulated = _simulate(
+            SimulatedModel(graph, params, ranges, loss),
+            model.plan,
+            batches,
+            selection,
+            groups=(groups, selection_groups),
+            layers=layers,
+            points=points if attributed else 0,
+            control=partial(
+                controls, margin=margin, alpha=alpha, groups=groups, seed=seed, compare=compare
+            ),
+            progress=progress,
+        )
     predicted = predict(scores, model.plan) if scores is not None else {}
     agreement = code_agreement(model, batches[0][0])
     in_integers = compiled_integer_sites(model, batches[0][0])
+    in_float = [site for site in agreement if site not in in_integers]
     return Report(
-        layers=_layers(model, predicted, alone),
+        layers=_layers(model, predicted, simulated, groups, selection_groups),
         coverage=graph.coverage,
         float_bits=model.sizes.float_bits,
         quantized_bits=model.size_bits,
         float_loss=float_loss,
-        predicted=mean_interval(sum(predicted.values())) if predicted else None,
-        measured=mean_interval(changes),
+        predicted=mean_interval(sum(predicted.values()), groups=selection_groups)
+        if predicted
+        else None,
+        predicted_secant=simulated.predicted,
+        attributed=mean_interval(sum(simulated.shares.values()), groups=groups)
+        if simulated.shares
+        else None,
+        residual=simulated.residual,
+        measured=mean_interval(changes, groups=groups),
         test=test,
         verdict=verdict_words(test),
         float_accuracy=None if before.correct is None else float(before.correct.mean()),
-        accuracy=_accuracy(before, after),
+        accuracy=_accuracy(before, after, alpha, groups),
         differing_codes=max((fraction for fraction, _ in agreement.values()), default=0.0),
         code_steps=max((steps for _, steps in agreement.values()), default=0),
         planned_sites=len(agreement),
-        integer_sites=sum(site in in_integers for site in agreement),
-        notes=_notes(model, [site for site in agreement if site not in in_integers]),
+        integer_sites=len(agreement) - len(in_float),
+        controls=simulated.controls,
+        curve=() if scores is None else _curve(scores, model, selection_groups, seed),
+        notes=(*_notes(model, in_float), *explanations(simulated.controls)),
     )
 
 
-def _accuracy(before: Measured, after: Measured) -> AccuracyChange | None:
+@dataclass(frozen=True, eq=False)
+class _Simulated:
+    """What simulation adds to a report: per-example changes by layer, intervals, controls."""
+
+    alone: Mapping[str, np.ndarray] = field(default_factory=dict)
+    shares: Mapping[str, np.ndarray] = field(default_factory=dict)
+    residual: Interval | None = None
+    predicted: Interval | None = None
+    controls: tuple[Control, ...] = ()
+
+
+def _simulate(
+    simulation: SimulatedModel,
+    plan: Plan,
+    batches: Sequence[tuple[Any, Any]],
+    selection: Sequence[tuple[Any, Any]] | None,
+    *,
+    groups: tuple[Any, Any],
+    layers: bool,
+    points: int,
+    control: Callable[..., tuple[Control, ...]],
+    progress: Progress,
+) -> _Simulated:
+    """Layers alone, the attribution (points > 0) and, with selection data, the controls."""
+    s = simulation
+    result = _Simulated()
+    if layers:
+        alone = measure_layers(
+            s.graph, s.params, plan, s.ranges, batches, s.loss, simulation=s, progress=progress
+        )
+        result = replace(result, alone=alone)
+    if points and not all(layer.is_float for layer in plan.layers.values()):
+        # One call for both splits compiles once.
+        data = [*batches, *(selection or ())]
+        found = attribute(
+            s.graph, s.params, plan, data, s.loss, s.ranges, points=points, progress=progress
+        )
+        n = sum(len(jax.tree.leaves(inputs)[0]) for inputs, _ in batches)
+        total = found.change - found.residual
+        result = replace(
+            result,
+            shares={name: values[:n] for name, values in found.layers.items()},
+            residual=mean_interval(found.residual[:n], groups=groups[0]),
+            predicted=mean_interval(total[n:], groups=groups[1]) if selection else None,
+        )
+    if selection:
+        measured = control(
+            s.graph,
+            s.params,
+            plan,
+            batches,
+            s.loss,
+            s.ranges,
+            fit_batches=selection,
+            simulation=s,
+            progress=progress,
+        )
+        result = replace(result, controls=measured)
+    return result
+
+
+def _check_groups(name: str, groups: Any, expected: int) -> None:
+    if groups is not None and np.shape(groups) != (expected,):
+        raise EvaluationError(
+            f"{name} has shape {np.shape(groups)}; expected one label for each of the {expected} "
+            "examples"
+        )
+
+
+def _curve(scores: Scores, model: QuantizedModel, groups: Any, seed: int) -> tuple[CurvePoint, ...]:
+    return calibration_curve(scores, model.plan, groups=groups, seed=seed)
+
+
+def _accuracy(
+    before: Measured, after: Measured, alpha: float, groups: Any
+) -> AccuracyChange | None:
     if before.correct is None or after.correct is None:
         return None
-    return accuracy_change(before.correct, after.correct)
+    return accuracy_change(before.correct, after.correct, alpha=alpha, groups=groups)
 
 
 def _layers(
     model: QuantizedModel,
     predicted: Mapping[str, np.ndarray],
-    measured: Mapping[str, np.ndarray],
+    simulated: _Simulated,
+    groups: Any,
+    selection_groups: Any,
 ) -> tuple[LayerReport, ...]:
-    rows = []
-    for name, layer in model.plan.layers.items():
-        quantized = not layer.is_float
-        rows.append(
-            LayerReport(
-                name=name,
-                format=layer.format,
-                rounding=layer.rounding,
-                float_bits=model.sizes.layer_bits(name, 32),
-                quantized_bits=model.sizes.layer_bits(name, layer.weight_bits),
-                predicted=mean_interval(predicted[name])
-                if quantized and name in predicted
-                else None,
-                measured=mean_interval(measured[name]) if name in measured else None,
-            )
+    def of(values: Mapping[str, np.ndarray], name: str, groups: Any) -> Interval | None:
+        if name not in values or model.plan.layers[name].is_float:
+            return None
+        return mean_interval(values[name], groups=groups)
+
+    return tuple(
+        LayerReport(
+            name=name,
+            format=layer.format,
+            rounding=layer.rounding,
+            float_bits=model.sizes.layer_bits(name, 32),
+            quantized_bits=model.sizes.layer_bits(name, layer.weight_bits),
+            predicted=of(predicted, name, selection_groups),
+            attributed=of(simulated.shares, name, groups),
+            measured=of(simulated.alone, name, groups),
         )
-    return tuple(rows)
+        for name, layer in model.plan.layers.items()
+    )
 
 
 def _notes(model: QuantizedModel, in_float: Sequence[str]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jaxrmils.policies.plan import Plan, check_plan, roundings_by_site
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import Candidate, Loss, ScoreError
 from jaxrmils.sensitivity.scores import check_targets
-from jaxrmils.sensitivity.secant import Formats, secant
+from jaxrmils.sensitivity.secant import Attribution, Formats, secant
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,19 +90,39 @@ def attribute(
         raise PlanError("the ranges were calibrated on another model; calibrate this one")
     formats = formats_of(graph, plan)
     step = jax.jit(lambda p, x, y: secant(graph, p, x, y, loss, ranges, formats, points=points))
-    parts = []
+    parts = [
+        finite(jax.device_get(step(params, inputs, targets)), number)
+        for number, inputs, targets in checked(graph, batches, progress, "attributing")
+    ]
+    return by_layer(graph, plan, parts)
+
+
+def checked(
+    graph: Graph,
+    batches: Iterable[tuple[Any, Any]],
+    progress: Progress = silent,
+    description: str = "simulating",
+) -> Iterator[tuple[int, Any, Any]]:
+    """Numbered batches whose inputs are finite and whose targets fit; ScoreError if none."""
     total = len(batches) if isinstance(batches, Sequence) else None
-    for number, (inputs, targets) in enumerate(progress(batches, "attributing", total)):
+    number = -1
+    for number, (inputs, targets) in enumerate(progress(batches, description, total)):
         check_finite(inputs, f"batch {number}", leaf_names(inputs))
         check_targets(graph, inputs, targets, number)
-        found = jax.device_get(step(params, inputs, targets))
-        if not np.all(np.isfinite(found.float_loss) & np.isfinite(found.quantized_loss)):
-            raise ScoreError(
-                f"batch {number}: a loss is NaN or infinite; finite values were expected"
-            )
-        parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64), found))
-    if not parts:
+        yield number, inputs, targets
+    if number < 0:
         raise ScoreError("the data holds no batches")
+
+
+def finite(found: Attribution, number: int) -> Attribution:
+    """The attribution of a batch in float64, if its losses are finite; ScoreError if not."""
+    if not np.all(np.isfinite(found.float_loss) & np.isfinite(found.quantized_loss)):
+        raise ScoreError(f"batch {number}: a loss is NaN or infinite; finite values were expected")
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+
+
+def by_layer(graph: Graph, plan: Plan, parts: Sequence[Attribution]) -> PlanAttribution:
+    """The attributions of all batches, summed over each planned layer's sites."""
     merged = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     layers = {
         name: np.zeros_like(merged.float_loss)
@@ -110,10 +130,12 @@ def attribute(
         if not layer.is_float
     }
     for site, values in merged.activations.items():
-        layers[graph.site[site].layer] += values.sum(axis=1)
+        if graph.site[site].layer in layers:
+            layers[graph.site[site].layer] += values.sum(axis=1)
     for site, values in merged.weights.items():
-        layers[graph.site[site].layer] += values
-    return PlanAttribution(layers, merged.float_loss, merged.quantized_loss, points)
+        if graph.site[site].layer in layers:
+            layers[graph.site[site].layer] += values
+    return PlanAttribution(layers, merged.float_loss, merged.quantized_loss, merged.points)
 
 
 def formats_of(graph: Graph, plan: Plan) -> Formats:

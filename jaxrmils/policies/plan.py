@@ -158,11 +158,16 @@ def predict(scores: Scores, plan: Plan) -> dict[str, np.ndarray]:
     check_plan(plan, scores.table)
     result = {}
     for name, layer in plan.layers.items():
-        total = np.zeros(len(scores), np.float64)
-        for part in _parts(scores, name, layer):
-            total += part
-        result[name] = total
+        result[name] = layer_prediction(scores, name, layer)
     return result
+
+
+def layer_prediction(scores: Scores, name: str, layer: LayerPlan) -> np.ndarray:
+    """First-order prediction of one layer's contribution, float64 [N]; see `predict`."""
+    total = np.zeros(len(scores), np.float64)
+    for part in _parts(scores, name, layer):
+        total += part
+    return total
 
 
 def _parts(scores: Scores, name: str, layer: LayerPlan) -> list[np.ndarray]:

@@ -175,7 +175,7 @@ def score(
         if count == 0:
             continue
         size = size or count
-        inputs, targets = _padded((inputs, targets), size)
+        inputs, targets = padded((inputs, targets), size)
         result = jax.device_get(jitted(params, noise, inputs, targets))
         part = jax.tree.map(lambda x, n=count: np.asarray(x)[:n], result)
         _check_loss(part[0].loss, sum(len(p[0].loss) for p in parts))
@@ -223,7 +223,7 @@ def _stack(columns: list[np.ndarray], loss: np.ndarray, *last: int) -> np.ndarra
     return np.stack(columns, axis=1)
 
 
-def _padded(batch: Any, size: int) -> Any:
+def padded(batch: Any, size: int) -> Any:
     """The batch, filled up with its first example so that it does not compile again."""
 
     def pad(x: Any) -> Any:

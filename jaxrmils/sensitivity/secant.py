@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,8 +29,8 @@ import numpy as np
 
 from jaxrmils.graph import Graph, SiteCall, interpret
 from jaxrmils.numerics.calibration import Ranges
-from jaxrmils.sensitivity.candidates import Candidate
-from jaxrmils.sensitivity.contraction import noise
+from jaxrmils.sensitivity.candidates import ACTIVATION_CANDIDATES, Candidate
+from jaxrmils.sensitivity.contraction import noise as activation_noise
 from jaxrmils.sensitivity.tangent import Loss, ScoreError, float32_operation, weight_noise
 
 
@@ -38,13 +38,17 @@ from jaxrmils.sensitivity.tangent import Loss, ScoreError, float32_operation, we
 class Formats:
     """What a network quantizes: every operand is on its own.
 
+    A format is a candidate, known when the function is compiled, or a switch: an int32 scalar
+    that may be traced, 0 for float and k + 1 for candidate k of `ACTIVATION_CANDIDATES` or
+    `WEIGHT_CANDIDATES`. Switches let one compiled function serve every plan.
+
     Attributes:
-      activations: per site, a candidate or None (float) for every activation operand.
-      weights: per weight name, a candidate; missing means float.
+      activations: per site, a candidate, None (float) or a switch for every activation operand.
+      weights: per weight name, a candidate or a switch; missing means float.
     """
 
-    activations: Mapping[str, tuple[Candidate | None, ...]]
-    weights: Mapping[str, Candidate]
+    activations: Mapping[str, Sequence[Any]]
+    weights: Mapping[str, Any]
 
 
 @functools.partial(
@@ -92,6 +96,7 @@ def secant(
     formats: Formats,
     *,
     points: int = 2,
+    noise: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> Attribution:
     """Attributes the joint loss change of a quantized network to its sites, per example.
 
@@ -106,6 +111,7 @@ def secant(
       ranges: from `calibrate`.
       formats: what is quantized, and how.
       points: T, the number of Gauss-Legendre points.
+      noise: `weight_noise(graph, params)` if it is already known; only switches read it.
 
     Returns:
       The attribution.
@@ -131,7 +137,7 @@ def secant(
         if site not in ranges.grids:
             raise ScoreError(f"site {site} has no range: no calibration example reached it")
     leaves = jax.tree.leaves(params)
-    deltas = _deltas(graph, params, formats)
+    deltas = _deltas(graph, params, formats, noise)
     nodes, node_weights = (v.astype(np.float32) for v in np.polynomial.legendre.leggauss(points))
     times, shares = (nodes + 1) / 2, node_weights / 2
 
@@ -181,20 +187,31 @@ def path_outputs(
       graph, params, inputs, ranges, formats: as for `secant`; inputs at any batch size.
       t: float32 scalar.
     """
-    leaves, deltas = jax.tree.leaves(params), _deltas(graph, params, formats)
+    leaves, deltas = jax.tree.leaves(params), _deltas(graph, params, formats, None)
     run = functools.partial(interpret, graph, leaves=leaves, inputs=inputs, weights=deltas)
     _, frozen = run(handler=functools.partial(_quantize, formats), state=ranges.grids)
     handler = functools.partial(_path, formats, _multipliers(graph, formats), jnp.float32(t))
     return run(handler=handler, steps=frozen)[0]
 
 
-def _deltas(graph: Graph, params: Any, formats: Formats) -> dict[str, Any]:
+def _deltas(
+    graph: Graph, params: Any, formats: Formats, known: Mapping[str, tuple[Any, ...]] | None
+) -> dict[str, Any]:
     """Per quantized weight, its noise in the weight's own layout."""
     found: dict[str, Any] = {}
-    for candidate in set(formats.weights.values()):
+    fixed = {name: c for name, c in formats.weights.items() if isinstance(c, Candidate)}
+    for candidate in set(fixed.values()):
         for name, (delta,) in weight_noise(graph, params, (candidate,)).items():
-            if formats.weights.get(name) == candidate:
+            if fixed.get(name) == candidate:
                 found[name] = delta
+    switched = {name: c for name, c in formats.weights.items() if name not in fixed}
+    if switched:
+        known = known or weight_noise(graph, params)
+        for name, switch in switched.items():
+            deltas = known[name]
+            branches = [lambda d: jnp.zeros_like(d[0])]
+            branches += [lambda d, k=k: d[k] for k in range(len(deltas))]
+            found[name] = jax.lax.switch(switch, branches, deltas)
     return found
 
 
@@ -216,16 +233,28 @@ def _quantize(formats: Formats, call: SiteCall) -> tuple[Any, Any]:
     candidates = formats.activations.get(site.name, ())
     for position, candidate in enumerate(candidates):
         index = site.activations[position]
-        if candidate is None:
-            record.append(jnp.zeros(operands[index].shape, jnp.float32))
-            continue
-        eps = noise(operands[index], call.state[position][candidate.bits], candidate)
+        eps = _eps(operands[index], call.state[position], candidate)
         record.append(eps)
+        if candidate is None:
+            continue
         operands[index] = _plus(operands[index], eps)
     if site.weight is not None and site.weight.name in formats.weights:
         index = site.weight.operand
         operands[index] = _plus(operands[index], call.view(call.weight))
     return call.bind_highest(*operands), record or None
+
+
+def _eps(x: Any, grids: Mapping[int, Any], candidate: Any) -> Any:
+    """Quantization noise of an operand, float32; `candidate` as in `Formats`."""
+    if candidate is None:
+        return jnp.zeros(x.shape, jnp.float32)
+    if isinstance(candidate, Candidate):
+        return activation_noise(x, grids[candidate.bits], candidate)
+    branches = [lambda x: jnp.zeros(x.shape, jnp.float32)]
+    branches += [
+        lambda x, c=c: activation_noise(x, grids[c.bits], c) for c in ACTIVATION_CANDIDATES
+    ]
+    return jax.lax.switch(candidate, branches, x)
 
 
 def _path(

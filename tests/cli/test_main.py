@@ -39,10 +39,50 @@ def test_quantize_writes_a_run_that_people_and_machines_can_read(run):
     report = json.loads((run / "report.json").read_text())
     assert list(plan["layers"]) == ["Dense_0/kernel", "Dense_1/kernel"]
     assert report["quantized_bits"] < report["float_bits"]
-    assert [c["name"] for c in report["comparisons"]] == ["uniform int8", "uniform int4"]
-    assert {"plan.json", "scores", "model", "run.json", "report.json"} == {
+    names = [control["name"] for control in report["controls"]]
+    assert names[0] == "this plan" and {"uniform int8", "uniform int4"} < set(names)
+    assert report["attributed"]["n"] == report["residual"]["n"] == 150
+    assert [point["examples"] for point in report["curve"]] == [50, 100]
+    pages = {"report.html", "layers.csv", "controls.csv"}
+    assert {"plan.json", "scores", "model", "run.json", "report.json"} | pages == {
         path.name for path in run.iterdir()
     }
+
+
+def test_lossless_tests_a_sequence_on_the_confirmation_split(folder, capsys):
+    out = folder / "lossless"
+    arguments = ["quantize", "--config", f"{folder}/config.py", "--out", str(out)]
+    options = ["--config.policy.name=lossless", "--config.verify.margin=0.05"]
+    assert main([*arguments, *options, "--config.policy.rounds=1"]) == OK
+    printed = " ".join(capsys.readouterr().out.split())
+    report = json.loads((out / "report.json").read_text())
+    steps = report["lossless"]["steps"]
+    assert report["lossless"]["words"] in printed
+    assert steps[0]["test"]["n"] == 60
+    assert steps[0]["selection"]["n"] == 100
+    assert report["test"]["margin"] == report["lossless"]["margin"] == 0.05
+    chosen = [step for step in steps if step["chosen"]]
+    assert [step["size_bits"] for step in chosen] == [report["quantized_bits"]] * len(chosen)
+    assert main(["report", str(out)]) == OK
+
+
+def test_without_labels(folder, capsys):
+    out = folder / "kl"
+    arguments = ["quantize", "--config", f"{folder}/config.py", "--out", str(out)]
+    lossless = ["--config.policy.name=lossless", "--config.policy.rounds=1"]
+    assert main([*arguments, *lossless, "--config.loss=kl"]) == OK
+    report = json.loads((out / "report.json").read_text())
+    assert not (out / "scores").exists()
+    assert abs(report["float_loss"]) < 1e-6
+    assert 0 < report["measured"]["mean"] < 0.01
+    capsys.readouterr()
+    assert main(["evaluate", str(out), "--json"]) == OK
+    data = json.loads(capsys.readouterr().out)
+    assert data["change"]["mean"] == pytest.approx(report["test"]["mean"], abs=1e-7)
+    assert main(["evaluate", str(out), "--no-float"]) == USAGE
+    assert "leave out --no-float" in " ".join(capsys.readouterr().err.split())
+    assert main([*arguments, "--config.loss=kl"]) == USAGE
+    assert "tangent is zero" in " ".join(capsys.readouterr().err.split())
 
 
 def test_quantize_prints_the_table_and_the_verdict(folder, capsys):
@@ -51,7 +91,7 @@ def test_quantize_prints_the_table_and_the_verdict(folder, capsys):
     )
     out = capsys.readouterr().out
     assert code == OK
-    for words in ("Dense_0/kernel", "w8a8", "predicted", "measured", "Verdict", "Files"):
+    for words in ("Dense_0/kernel", "w8a8", "predicted", "measured", "naive", "Verdict", "Files"):
         assert words in out
 
 
@@ -125,6 +165,7 @@ def test_require_lossless_is_an_exit_code(folder):
         (["--config.policy.name=hawq"], USAGE, "policy.name is 'hawq'"),
         (["--config.ranges.estimator=kl"], USAGE, "ranges.estimator is 'kl'"),
         (["--config.policy.bits=(16,)"], USAGE, "policy.bits is (16,); expected 8, 4 or both"),
+        (["--config.verify.points=0"], USAGE, "verify.points is 0"),
         (["--config.policy.weights=int3"], USAGE, "policy.weights is 'int3'"),
         (["--config.batch_size=0"], USAGE, "batch_size 0"),
         (["--config.batch_size=401"], USAGE, "batch_size is 401, but the data set has 400"),
@@ -153,6 +194,16 @@ def test_help_teaches(command, capsys):
     assert main([*command, "--help"]) == OK
     out = capsys.readouterr().out
     assert "exit codes" in out and "usage: jaxrmils" in out
+
+
+def test_controls_and_attribution_can_be_left_out(folder):
+    out = f"{folder}/bare"
+    arguments = ["quantize", "--config", f"{folder}/config.py", "--out", out]
+    off = [f"--config.verify.{name}=False" for name in ("controls", "attribute", "layers")]
+    assert main([*arguments, *off]) == OK
+    report = json.loads(Path(out, "report.json").read_text())
+    assert report["controls"] == [] and report["attributed"] is None
+    assert all(row["measured"] is None for row in report["layers"])
 
 
 def test_a_batch_larger_than_a_split_is_cut_down(folder):

@@ -1,0 +1,81 @@
+"""One compiled simulation for every plan."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import loss
+from stages import TARGETS, calibrated, table_of, traced, unreached
+
+import jaxrmils as jr
+from jaxrmils.policies import PlanError, Simulator
+from jaxrmils.sensitivity import ScoreError
+
+
+def simulated(name, batches=None):
+    graph, params, inputs = traced(name)
+    return Simulator(graph, loss).on(params, calibrated(name), batches or [(inputs, TARGETS)])
+
+
+@pytest.mark.parametrize("name", ["scanned_stack", "nnx_transformer"])
+def test_changes_and_shares_are_those_of_the_plan_alone(name):
+    graph, params, inputs = traced(name)
+    simulation, ranges = simulated(name), calibrated(name)
+    first = next(iter(graph.layers))
+    plan = jr.uniform(table_of(name), "w4a8", skip=[*unreached(name), first])
+    expected = jr.attribute(graph, params, plan, [(inputs, TARGETS)], loss, ranges)
+    found = simulation.attribute(plan)
+    scale = np.abs(expected.quantized_loss).max()
+    np.testing.assert_allclose(simulation.change(plan), expected.change, atol=2e-5 * scale)
+    assert set(found.layers) == set(expected.layers)
+    for layer, share in expected.layers.items():
+        np.testing.assert_allclose(found.layers[layer], share, atol=2e-5 * scale)
+
+
+def test_a_short_last_batch_changes_nothing():
+    _, _, inputs = traced("plain")
+    plan = jr.uniform(table_of("plain"), "int4")
+    whole = simulated("plain")
+    parts = simulated("plain", [(inputs[:3], TARGETS[:3]), (inputs[3:], TARGETS[3:])])
+    np.testing.assert_allclose(parts.change(plan), whole.change(plan), atol=1e-6)
+    np.testing.assert_allclose(
+        sum(parts.attribute(plan).layers.values()),
+        sum(whole.attribute(plan).layers.values()),
+        atol=1e-6,
+    )
+
+
+def test_plans_and_parameters_are_data():
+    graph, params, inputs = traced("plain")
+    simulator, ranges, batches = Simulator(graph, loss), calibrated("plain"), [(inputs, TARGETS)]
+    simulation = simulator.on(params, ranges, batches)
+    for format_ in ("int8", "int4", "w4a8"):
+        simulation.change(jr.uniform(table_of("plain"), format_))
+    other = params | {"right": -params["right"]}
+    simulator.on(other, ranges, batches).change(jr.uniform(table_of("plain"), "int8"))
+    assert simulator.losses._cache_size() == 1
+
+
+def test_bad_input_is_refused():
+    graph, params, inputs = traced("plain")
+    simulator = Simulator(graph, loss)
+    with pytest.raises(PlanError, match="another model"):
+        simulator.on(params, calibrated("experts"), [(inputs, TARGETS)])
+    with pytest.raises(ScoreError, match="no batches"):
+        simulator.on(params, calibrated("plain"), [])
+    with pytest.raises(ScoreError, match="shape"):
+        simulator.on(params, calibrated("plain"), [(inputs, TARGETS[:2])])
+    nan = lambda outputs, targets: loss(outputs, targets) * jnp.nan  # noqa: E731
+    broken = Simulator(graph, nan).on(params, calibrated("plain"), [(inputs, TARGETS)])
+    with pytest.raises(ScoreError, match="the loss of example 0 is nan"):
+        broken.change(jr.uniform(table_of("plain"), "int8"))
+
+
+def test_a_site_without_a_range_is_named():
+    name = "cond_data"
+    graph, params, inputs = traced(name)
+    one = inputs[:1]
+    ranges = jr.calibrate(graph, params, [one])
+    assert set(ranges.grids) < {s.name for s in graph.sites}
+    simulation = Simulator(graph, loss).on(params, ranges, [(inputs, TARGETS)])
+    with pytest.raises(PlanError, match="no calibration example reached it"):
+        simulation.change(jr.uniform(table_of(name), "int8"))
