@@ -37,6 +37,7 @@ from results_file import write_table
 import jaxrmils as jr
 from jaxrmils.evaluation import controls
 from jaxrmils.evaluation.simulate import SimulatedModel
+from jaxrmils.numerics import Rounding
 from jaxrmils.policies import Plan
 from jaxrmils.policies.constraints import nearest_layer
 from jaxrmils.progress import bars
@@ -50,7 +51,7 @@ KINDS = {
 }
 SIZES = (50, 100, 200, 500, 1_000)
 FLOORS = (0.0, 2.0)
-NAMES = {-1: "floor", 0: "nearest", 1: "ceil"}
+NAMES: dict[int, Rounding] = {-1: "floor", 0: "nearest", 1: "ceil"}
 BITS = (8, 4)
 BATCH = 500
 
@@ -95,12 +96,13 @@ class Truth:
         pool = min(pool, len(net.unseen) - 250)
         ranges = jr.calibrate(net.graph, net.params, [net.unseen.inputs[:250]])
         parts = (net.unseen.take(np.arange(250, 250 + pool)), data.held_out)
-        batches = [list(part.batches(BATCH)) for part in parts]
-        scored = [jr.score(net.graph, net.params, each, cross_entropy, ranges) for each in batches]
+        chosen, held_out = (list(part.batches(BATCH)) for part in parts)
+        scores = jr.score(net.graph, net.params, chosen, cross_entropy, ranges)
+        truth = jr.score(net.graph, net.params, held_out, cross_entropy, ranges)
         model = SimulatedModel(net.graph, net.params, ranges, cross_entropy)
-        return cls(net, *scored, model, *batches, {}, float(scored[1].loss.mean()))
+        return cls(net, scores, truth, model, chosen, held_out, {}, float(truth.loss.mean()))
 
-    def plan(self, bits: int, directions: tuple[str, ...]) -> Plan:
+    def plan(self, bits: int, directions: tuple[Rounding, ...]) -> Plan:
         """All layers in one width, with these roundings."""
         table, layers, rest = self.pool.table, {}, list(directions)
         for row in table.layers:
@@ -109,7 +111,7 @@ class Truth:
             layers[row.name] = type(layer)(bits, bits, roundings)
         return Plan(layers, table.fingerprint)
 
-    def loss(self, bits: int, directions: tuple[str, ...]) -> np.ndarray:
+    def loss(self, bits: int, directions: tuple[Rounding, ...]) -> np.ndarray:
         """float64 [N]: the held-out losses, simulated once for every plan."""
         key = (bits, directions)
         if key not in self.changes:
@@ -172,7 +174,7 @@ def directed(truth: Truth, parts: list[np.ndarray], bits: int, floor: float) -> 
     directions = agree(chosen, better)
     # The mean contribution of the chosen direction: sign on the calibration set and on other data.
     kept, total, predicted, measured = 0, 0, [], []
-    nearest = ("nearest",) * len(noisy)
+    nearest: tuple[Rounding, ...] = ("nearest",) * len(noisy)
     centre = truth.pool.activations[:, :, truth.pool.activation_candidates.index(Candidate(bits))]
     for part, choice in zip(parts, chosen, strict=True):
         here = np.where(choice > 0, up[part], down[part])
@@ -286,17 +288,27 @@ def beside_table(rows: list[dict]) -> list[str]:
         "| | " + " | ".join(f"{kind}, int{bits}" for kind, bits in columns) + " |",
         "|---|" + "---|" * len(columns),
     ]
-    for name in dict.fromkeys(r["name"] for r in rows):
+    cooled = ("this plan + its own temperature", "float + temperature")
+    names = [(name, None) for name in dict.fromkeys(r["name"] for r in rows)]
+    for name, base in [*names, cooled]:
         cells = []
         for kind, bits in columns:
-            key = (kind, bits, name)
-            values = [r["change"] for r in rows if (r["kind"], r["bits"], r["name"]) == key]
+            values = changes(rows, kind, bits, name)
+            if base is not None:
+                values = values - changes(rows, kind, bits, base)
             half = ""
             if len(values) > 1:
-                half = f" ± {mean_interval(values, method='t').upper - np.mean(values):.5f}"
-            cells.append(f"{np.mean(values):+.5f}{half}" if values else "-")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+                half = f" ± {mean_interval(values, method='t').upper - values.mean():.5f}"
+            cells.append(f"{values.mean():+.5f}{half}" if len(values) else "-")
+        words = name if base is None else f"{name}, against {base}"
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
     return lines
+
+
+def changes(rows: list[dict], kind: str, bits: int, name: str) -> np.ndarray:
+    """[networks]: the changes of one control."""
+    key = (kind, bits, name)
+    return np.array([r["change"] for r in rows if (r["kind"], r["bits"], r["name"]) == key])
 
 
 def shares(rows: list[dict], name: str) -> str:

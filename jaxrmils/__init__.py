@@ -1,8 +1,8 @@
 """jaxrmils: mixed-precision post-training quantization for JAX and Flax.
 
-The stages, in the order in which data flows: `trace`, `calibrate`, `score`, a policy (`rmils`,
-`uniform`), `quantize`, `verify`, `save_model`. For your own jitted step: `contributions` and
-`assign`.
+The stages, in the order in which data flows: `trace`, `calibrate`, `score`, a policy (`lossless`,
+`rmils`, `uniform`), `quantize`, `verify`, `save_model`. Where a plan's loss change comes from:
+`attribute`. For your own jitted step: `contributions` and `assign`.
 """
 
 from jaxrmils.artifacts import load_model as load_model
@@ -13,7 +13,10 @@ from jaxrmils.artifacts import save_model as save_model
 from jaxrmils.artifacts import save_plan as save_plan
 from jaxrmils.artifacts import save_ranges as save_ranges
 from jaxrmils.artifacts import save_scores as save_scores
+from jaxrmils.artifacts import write_page as write_page
 from jaxrmils.evaluation import Report as Report
+from jaxrmils.evaluation import calibration_curve as calibration_curve
+from jaxrmils.evaluation import controls as controls
 from jaxrmils.evaluation import print_report as print_report
 from jaxrmils.evaluation import verify as verify
 from jaxrmils.graph import Graph as Graph
@@ -28,6 +31,7 @@ from jaxrmils.numerics import calibrate as calibrate
 from jaxrmils.policies import LayerPlan as LayerPlan
 from jaxrmils.policies import Lossless as Lossless
 from jaxrmils.policies import Plan as Plan
+from jaxrmils.policies import Search as Search
 from jaxrmils.policies import assign as assign
 from jaxrmils.policies import attribute as attribute
 from jaxrmils.policies import lossless as lossless
@@ -39,5 +43,11 @@ from jaxrmils.policies import uniform as uniform
 from jaxrmils.sensitivity import Contributions as Contributions
 from jaxrmils.sensitivity import Scores as Scores
 from jaxrmils.sensitivity import contributions as contributions
+from jaxrmils.sensitivity import curvature as curvature
+from jaxrmils.sensitivity import label_free as label_free
+from jaxrmils.sensitivity import mean_weight as mean_weight
+from jaxrmils.sensitivity import per_sequence as per_sequence
 from jaxrmils.sensitivity import score as score
+from jaxrmils.sensitivity import token_cross_entropy as token_cross_entropy
+from jaxrmils.sensitivity import with_float_outputs as with_float_outputs
 from jaxrmils.version import __version__ as __version__

@@ -10,19 +10,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from jaxrmils import artifacts
 from jaxrmils.cli import pipeline
 from jaxrmils.cli.config import ConfigError, apply_overrides, load_config
 from jaxrmils.cli.defaults import base_config
+from jaxrmils.cli.printing import print_saved
 from jaxrmils.data import DataError
 from jaxrmils.evaluation import (
     EvaluationError,
     coverage_table,
     measure,
-    print_report,
     wide_console,
 )
 from jaxrmils.graph import TraceError, tabulate
@@ -84,13 +83,9 @@ def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
     result = pipeline.run(config, path, _progress(args))
     written = pipeline.save(result, config, path, args.out)
     console.print(Text(result.task.name, style="bold"))
-    print_report(result.report, console)
+    print_saved(artifacts.load_run(args.out).report, console, mu_title=_mu_title(result))
     if all(layer.is_float for layer in result.plan.layers.values()):
         console.print(_nothing_passed(config, result))
-    if result.report.lossless:
-        console.print(Text(f"Search     {result.report.lossless['words']}"))
-    if result.mu:
-        console.print(_mu_table(result))
     console.print(f"Files      {args.out}: {', '.join(written)}")
     data = {"out": str(args.out), "files": written, **pipeline.report_dict(result)}
     return Outcome(data, result.report.test.passed)
@@ -112,15 +107,11 @@ def _nothing_passed(config: Any, result: pipeline.Result) -> str:
     )
 
 
-def _mu_table(result: pipeline.Result) -> Table:
-    title = f"mu ({result.plan.policy['normalization']}), against the threshold "
-    table = Table(title=title + f"{result.plan.policy['mu']}", title_justify="left", pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    table.add_column("int8", justify="right")
-    table.add_column("int4", justify="right")
-    for name, by_bits in result.mu.items():
-        table.add_row(name, f"{by_bits[8]:.4g}", f"{by_bits[4]:.4g}")
-    return table
+def _mu_title(result: pipeline.Result) -> str:
+    if not result.mu:
+        return ""
+    policy = result.plan.policy
+    return f"mu ({policy['normalization']}), against the threshold {policy['mu']}"
 
 
 def inspect(args: argparse.Namespace) -> Outcome:

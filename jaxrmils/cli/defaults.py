@@ -11,7 +11,7 @@ def base_config() -> Any:
     """A config with every field that the commands read; its types are checked on override.
 
     >>> base_config().policy.name
-    'rmils'
+    'lossless'
     """
     config: Any = ConfigDict()  # its fields are not known to type checkers
     config.seed = 0
@@ -44,7 +44,7 @@ def base_config() -> Any:
     config.ranges.percentile = 99.99
 
     config.policy = ConfigDict()
-    config.policy.name = "rmils"  # or lossless, uniform
+    config.policy.name = "lossless"  # or rmils, uniform
     config.policy.mu = 0.001  # rmils: the threshold
     config.policy.variant = "radical"  # rmils: or balanced
     config.policy.normalization = "raw"  # rmils: raw, t, cosine

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,11 +17,11 @@ from jaxrmils.artifacts.files import replace_file
 from jaxrmils.artifacts.report_files import RunFolder, load_run, write_page, write_spreadsheets
 from jaxrmils.cli.commands import Outcome
 from jaxrmils.cli.config import ConfigError
-from jaxrmils.evaluation import Report, print_report, wide_console
+from jaxrmils.cli.printing import print_saved
+from jaxrmils.evaluation import wide_console
 from jaxrmils.evaluation.page import (
     Comparison,
     NamedReport,
-    SavedReport,
     compare,
     compare_page,
 )
@@ -83,28 +83,6 @@ def run_names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{name} ({place})" for place, name in enumerate(names, 1)]
-
-
-def print_saved(report: SavedReport, console: Console) -> None:
-    """Prints a saved report as `quantize` printed it."""
-    beside = report.controls if len(report.controls) > 1 else ()
-    # A saved report has the fields that a fresh one has.
-    print_report(cast(Report, dataclasses.replace(report, controls=beside)), console)
-    if report.lossless is not None:
-        console.print(Text(f"Search     {report.lossless.words}"))
-    if report.mu:
-        console.print(_mu_table(report))
-
-
-def _mu_table(report: SavedReport) -> Table:
-    bits = sorted({b for by_bits in report.mu.values() for b in by_bits}, key=int, reverse=True)
-    table = Table(title="mu", title_justify="left", pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    for b in bits:
-        table.add_column(f"int{b}", justify="right")
-    for name, by_bits in report.mu.items():
-        table.add_row(Text(name), *(f"{by_bits[b]:.4g}" if b in by_bits else "-" for b in bits))
-    return table
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

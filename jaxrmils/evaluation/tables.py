@@ -88,7 +88,7 @@ def controls_table(controls: Sequence[Control]) -> Group:
             control.name,
             format_size(control.size_bits),
             f"{test.mean:+.5f}",
-            f"{test.lower_bound:+.5f} {test.upper_bound:+.5f}",
+            f"[{test.lower_bound:+.5f}, {test.upper_bound:+.5f}]",
             "-"
             if control.accuracy_difference is None
             else f"{100 * control.accuracy_difference:+.2f} pt",
@@ -114,20 +114,25 @@ def curve_table(report: Report) -> Table:
         caption_justify="left",
         pad_edge=False,
     )
-    for name in ("examples", "predicted Δloss", "sign"):
+    for name in ("examples", "predicted Δloss", "interval", "sign"):
         table.add_column(name, justify="right", no_wrap=True)
     for point in report.curve:
         table.add_row(
-            str(point.examples), _change(point.predicted), f"{100 * point.sign_agreement:.0f} %"
+            str(point.examples),
+            f"{point.predicted.mean:+.5f}",
+            _between(point.predicted),
+            f"{100 * point.sign_agreement:.0f} %",
         )
     return table
 
 
 def _change(interval: Interval | None) -> str:
-    if interval is None:
-        return "-"
-    half = (interval.upper - interval.lower) / 2
-    return f"{interval.mean:+.5f} ± {half:.5f}"
+    """The mean and, below it, the interval: it is not symmetric, so no ± would do."""
+    return "-" if interval is None else f"{interval.mean:+.5f}\n{_between(interval)}"
+
+
+def _between(interval: Interval) -> str:
+    return f"[{interval.lower:+.5f}, {interval.upper:+.5f}]"
 
 
 def _layer_size(row: LayerReport) -> str:
@@ -147,8 +152,9 @@ def summary(report: Report) -> Text:
         f"Verdict    {report.verdict}",
         f"Bounds     {_bounds(report.test)}",
         f"Size       {_sizes(report)} ({share:.1f} %)",
-        f"Loss       float {report.float_loss:.5f}, change {_change(report.measured)} "
-        f"(95 % interval, {report.measured.n} held-out examples)",
+        f"Loss       float {report.float_loss:.5f}, change {report.measured.mean:+.5f} "
+        f"{_between(report.measured)} ({100 * report.measured.level:g} % interval, "
+        f"{report.measured.n} held-out examples)",
     ]
     if report.accuracy is not None and report.float_accuracy is not None:
         lines.append(
@@ -173,7 +179,7 @@ def _accuracy(a: AccuracyChange) -> str:
     )
     if a.drop_upper is None:  # A report that was saved before there were bounds.
         return words
-    return f"{words}, {100 * (1 - a.alpha):g} % bound of the drop {100 * a.drop_upper:.2f}"
+    return f"{words}, {100 * (1 - a.alpha):g} % bound of the drop {100 * a.drop_upper:.2f} points"
 
 
 def _bounds(test: NonInferiority) -> str:

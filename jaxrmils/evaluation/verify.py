@@ -188,8 +188,7 @@ def verify(
     _check_groups("groups", groups, len(changes))
     if scores is not None:
         _check_groups("selection_groups", selection_groups, len(scores))
-    float_loss = float(before.loss.mean())
-    margin = default_margin(float_loss) if margin is None else margin
+    margin = default_margin(float(before.loss.mean())) if margin is None else margin
     test = noninferiority(changes, margin=margin, alpha=alpha, groups=groups)
     simulated = _Simulated()
     if ranges is not None:
@@ -206,37 +205,10 @@ def verify(
             ),
             progress=progress,
         )
-    predicted = predict(scores, model.plan) if scores is not None else {}
-    agreement = code_agreement(model, batches[0][0])
-    in_integers = compiled_integer_sites(model, batches[0][0])
-    in_float = [site for site in agreement if site not in in_integers]
-    return Report(
-        layers=_layers(model, predicted, simulated, groups, selection_groups),
-        coverage=graph.coverage,
-        float_bits=model.sizes.float_bits,
-        quantized_bits=model.size_bits,
-        float_loss=float_loss,
-        predicted=mean_interval(sum(predicted.values()), groups=selection_groups)
-        if predicted
-        else None,
-        predicted_secant=simulated.predicted,
-        attributed=mean_interval(sum(simulated.shares.values()), groups=groups)
-        if simulated.shares
-        else None,
-        residual=simulated.residual,
-        measured=mean_interval(changes, groups=groups),
-        test=test,
-        verdict=verdict_words(test),
-        float_accuracy=None if before.correct is None else float(before.correct.mean()),
-        accuracy=_accuracy(before, after, alpha, groups),
-        differing_codes=max((fraction for fraction, _ in agreement.values()), default=0.0),
-        code_steps=max((steps for _, steps in agreement.values()), default=0),
-        planned_sites=len(agreement),
-        integer_sites=len(agreement) - len(in_float),
-        controls=simulated.controls,
-        curve=() if scores is None else _curve(scores, model, selection_groups, seed),
-        notes=(*_notes(model, in_float), *explanations(simulated.controls)),
-    )
+    report = _report(graph, model, batches[0][0], before, after, test, simulated, groups)
+    if scores is None:
+        return report
+    return _with_predictions(report, scores, model.plan, selection_groups, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,16 +272,67 @@ def _simulate(
     return result
 
 
+def _report(
+    graph: Graph,
+    model: QuantizedModel,
+    inputs: Any,
+    before: Measured,
+    after: Measured,
+    test: NonInferiority,
+    simulated: _Simulated,
+    groups: Any,
+) -> Report:
+    """The report without predictions; `inputs` is a batch to compile the integer model for."""
+    agreement = code_agreement(model, inputs)
+    in_integers = compiled_integer_sites(model, inputs)
+    in_float = [site for site in agreement if site not in in_integers]
+    shares = simulated.shares
+    return Report(
+        layers=_layers(model, simulated, groups),
+        coverage=graph.coverage,
+        float_bits=model.sizes.float_bits,
+        quantized_bits=model.size_bits,
+        float_loss=float(before.loss.mean()),
+        predicted=None,
+        predicted_secant=simulated.predicted,
+        attributed=mean_interval(sum(shares.values()), groups=groups) if shares else None,
+        residual=simulated.residual,
+        measured=mean_interval(after.loss - before.loss, groups=groups),
+        test=test,
+        verdict=verdict_words(test),
+        float_accuracy=None if before.correct is None else float(before.correct.mean()),
+        accuracy=_accuracy(before, after, test.alpha, groups),
+        differing_codes=max((fraction for fraction, _ in agreement.values()), default=0.0),
+        code_steps=max((steps for _, steps in agreement.values()), default=0),
+        planned_sites=len(agreement),
+        integer_sites=len(agreement) - len(in_float),
+        controls=simulated.controls,
+        notes=(*_notes(model, in_float), *explanations(simulated.controls)),
+    )
+
+
+def _with_predictions(report: Report, scores: Scores, plan: Plan, groups: Any, seed: int) -> Report:
+    """The report with what the scores predict and the calibration-size curve."""
+    predicted = predict(scores, plan)
+    by_layer = {
+        name: mean_interval(predicted[name], groups=groups)
+        for name, layer in plan.layers.items()
+        if not layer.is_float
+    }
+    return replace(
+        report,
+        layers=tuple(replace(row, predicted=by_layer.get(row.name)) for row in report.layers),
+        predicted=mean_interval(sum(predicted.values()), groups=groups),
+        curve=calibration_curve(scores, plan, groups=groups, seed=seed),
+    )
+
+
 def _check_groups(name: str, groups: Any, expected: int) -> None:
     if groups is not None and np.shape(groups) != (expected,):
         raise EvaluationError(
             f"{name} has shape {np.shape(groups)}; expected one label for each of the {expected} "
             "examples"
         )
-
-
-def _curve(scores: Scores, model: QuantizedModel, groups: Any, seed: int) -> tuple[CurvePoint, ...]:
-    return calibration_curve(scores, model.plan, groups=groups, seed=seed)
 
 
 def _accuracy(
@@ -320,17 +343,9 @@ def _accuracy(
     return accuracy_change(before.correct, after.correct, alpha=alpha, groups=groups)
 
 
-def _layers(
-    model: QuantizedModel,
-    predicted: Mapping[str, np.ndarray],
-    simulated: _Simulated,
-    groups: Any,
-    selection_groups: Any,
-) -> tuple[LayerReport, ...]:
-    def of(values: Mapping[str, np.ndarray], name: str, groups: Any) -> Interval | None:
-        if name not in values or model.plan.layers[name].is_float:
-            return None
-        return mean_interval(values[name], groups=groups)
+def _layers(model: QuantizedModel, simulated: _Simulated, groups: Any) -> tuple[LayerReport, ...]:
+    def of(values: Mapping[str, np.ndarray], name: str) -> Interval | None:
+        return mean_interval(values[name], groups=groups) if name in values else None
 
     return tuple(
         LayerReport(
@@ -339,9 +354,9 @@ def _layers(
             rounding=layer.rounding,
             float_bits=model.sizes.layer_bits(name, 32),
             quantized_bits=model.sizes.layer_bits(name, layer.weight_bits),
-            predicted=of(predicted, name, selection_groups),
-            attributed=of(simulated.shares, name, groups),
-            measured=of(simulated.alone, name, groups),
+            predicted=None,
+            attributed=of(simulated.shares, name),
+            measured=of(simulated.alone, name),
         )
         for name, layer in model.plan.layers.items()
     )

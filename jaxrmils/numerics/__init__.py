@@ -29,3 +29,4 @@ from jaxrmils.numerics.ranges import estimate_range as estimate_range
 from jaxrmils.numerics.ranges import histogram as histogram
 from jaxrmils.numerics.sizes import format_size as format_size
 from jaxrmils.numerics.sizes import size_bits_float as size_bits_float
+from jaxrmils.numerics.switched import switched_quant as switched_quant

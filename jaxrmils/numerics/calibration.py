@@ -78,16 +78,17 @@ def make_ranges(
     The same statistics give other ranges under another estimator, without the model.
     """
 
-    def grids(stats: Any) -> Any:
-        estimate = functools.partial(
+    # Compiled once for every shape of the statistics, not once for every site.
+    estimate = jax.jit(
+        functools.partial(
             estimate_range, estimator=estimator, symmetric=symmetric, percentile=percentile
-        )
-        return {
-            site: tuple({bits: estimate(s, bits=bits) for bits in BITS} for s in parts)
-            for site, parts in stats.items()
-        }
-
-    chosen = jax.jit(grids)(dict(stats))
+        ),
+        static_argnames="bits",
+    )
+    chosen = {
+        site: tuple({bits: estimate(s, bits=bits) for bits in BITS} for s in parts)
+        for site, parts in stats.items()
+    }
     return Ranges(dict(stats), chosen, estimator, symmetric, percentile, examples, fingerprint)
 
 

@@ -163,7 +163,7 @@ def quantize(
     """
     qmin, qmax = code_range(qp.bits, qp.symmetric)
     steps = divide_exactly(jnp.asarray(x, jnp.float32), qp.scale)
-    codes = _round(steps, rounding, key)
+    codes = round_steps(steps, rounding, key)
     if not qp.symmetric:
         codes = codes + qp.zero_point.astype(jnp.float32)
     return jnp.clip(codes, float(qmin), float(qmax)).astype(jnp.int8)
@@ -224,10 +224,10 @@ def fake_quant(
     return dequantize(quantize(x, qp, rounding, key), qp, x.dtype)
 
 
-def _round(
-    steps: Float32[Array, "..."], rounding: Rounding, key: PRNGKeyArray | None
+def round_steps(
+    steps: Float32[Array, "..."], rounding: Rounding, key: PRNGKeyArray | None = None
 ) -> Float32[Array, "..."]:
-    """Rounds to integers, still in float32."""
+    """Quotients `x / scale` rounded to integers, still in float32; see `quantize`."""
     match rounding:
         case "nearest":
             return jnp.round(steps)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxrmils.graph import LayerRow, ModelTable, tabulate
+from jaxrmils.numerics import Rounding
 from jaxrmils.policies.attribution import PlanAttribution
 from jaxrmils.policies.constraints import Constraints
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError, fit, parse_format
@@ -28,7 +29,7 @@ from jaxrmils.policies.simulation import Simulation
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import ScoreError, Scores
 
-Directions = Mapping[int, Mapping[str, Sequence[Any]]]
+Directions = Mapping[int, Mapping[str, Sequence[Rounding]]]
 """Per width, per site, the rounding direction proposed for each activation operand."""
 
 Choice = tuple[int, ...]
@@ -304,7 +305,7 @@ def _in_format(row: LayerRow, name: str, directions: Directions | None) -> Layer
     if activation == FLOAT_BITS:
         return LayerPlan(weight, activation)
     by_site = (directions or {}).get(activation, {})
-    rounding = tuple(
+    rounding: tuple[Rounding, ...] = tuple(
         by_site[a.site][a.position] if a.site in by_site else "nearest" for a in row.activations
     )
     return LayerPlan(weight, activation, rounding)

@@ -68,9 +68,11 @@ class Simulator:
 
     @functools.cached_property
     def secants(self) -> Any:
-        """`secants(params, noise, ranges, switches, inputs, targets)`: an `Attribution`."""
+        """`secants(params, noise, ranges, switches, inputs, targets, float_loss)`: attributions."""
 
-        def step(params: Any, noise: Any, ranges: Any, switches: Any, x: Any, y: Any) -> Any:
+        def step(
+            params: Any, noise: Any, ranges: Any, switches: Any, x: Any, y: Any, float_loss: Any
+        ) -> Any:
             formats = Formats(*switches)
             return secant(
                 self.graph,
@@ -82,6 +84,7 @@ class Simulator:
                 formats,
                 points=self.points,
                 noise=noise,
+                float_loss=float_loss,
             )
 
         return jax.jit(step)
@@ -128,11 +131,14 @@ class Simulation:
     def attribute(self, plan: Plan, progress: Progress = silent) -> PlanAttribution:
         """The plan's joint change, shared out among its layers; see `attribute`."""
         switches, parts = self._switches(plan), []
-        total = len(self.batches)
+        total, start = len(self.batches), 0
         for number, (x, y) in enumerate(progress(self.batches, "attributing", total)):
             inputs, targets, count = self._whole(x, y)
+            size = jax.tree.leaves(inputs)[0].shape[0]
+            known = np.resize(self.float_loss[start : start + count], size).astype(np.float32)
+            start += count
             found = self.simulator.secants(
-                self.params, self.noise, self.ranges, switches, inputs, targets
+                self.params, self.noise, self.ranges, switches, inputs, targets, known
             )
             part = jax.tree.map(lambda a, n=count: np.asarray(a)[:n], jax.device_get(found))
             parts.append(finite(part, number))

@@ -4,7 +4,9 @@ from jaxrmils.sensitivity.candidates import ACTIVATION_CANDIDATES as ACTIVATION_
 from jaxrmils.sensitivity.candidates import WEIGHT_CANDIDATES as WEIGHT_CANDIDATES
 from jaxrmils.sensitivity.candidates import Candidate as Candidate
 from jaxrmils.sensitivity.curvature import Curvature as Curvature
+from jaxrmils.sensitivity.curvature import SecondOrder as SecondOrder
 from jaxrmils.sensitivity.curvature import curvature as curvature
+from jaxrmils.sensitivity.curvature import second_order as second_order
 from jaxrmils.sensitivity.directions import directions as directions
 from jaxrmils.sensitivity.directions import fisher as fisher
 from jaxrmils.sensitivity.losses import LABEL_FREE as LABEL_FREE

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -113,7 +113,9 @@ def second_order(
       noise: `weight_noise(graph, params, weight_candidates)` if it is already known.
 
     Returns:
-      The estimates. They cost `probes` forward-over-reverse passes for every candidate.
+      The estimates. They cost `probes` forward-over-reverse passes for every candidate, in a loop
+      inside the compiled function. XLA runs convolutions inside loops slowly on CPU; `curvature`
+      loops outside of it.
 
     Raises:
       ScoreError: fewer than one probe, the ranges are another model's, or a loss that is not one
@@ -133,82 +135,81 @@ def second_order(
     >>> found.activations["w"].shape, found.weights["w"].shape
     ((4, 1, 6), (4, 2))
     """
-    if probes < 1:
-        raise ScoreError(f"probes is {probes}; one or more were expected")
+    _check_probes(probes)
     check_ranges(graph, ranges)
     activation_candidates = tuple(activation_candidates)
     weight_candidates = tuple(weight_candidates)
     if noise is None:
         noise = weight_noise(graph, params, weight_candidates)
 
-    def one(inputs: Any, targets: Any, key: Any) -> SecondOrder:
-        run = functools.partial(
-            per_example,
-            graph,
-            loss=loss,
-            leaves=jax.tree.leaves(params),
-            inputs=inputs,
-            targets=targets,
-            weights=noise,
-            state=ranges.grids,
-        )
-        operands = {site: jnp.zeros(len(x), jnp.float32) for site, x in ranges.stats.items() if x}
-        weights = {name: jnp.zeros((), jnp.float32) for name in graph.weights}
-        on_operands = functools.partial(_noisy_operands, activation_candidates)
-        on_weights = functools.partial(_noisy_weight, graph)
-        keys = jax.random.split(key)
-        return SecondOrder(
-            _diagonal(run, on_operands, operands, keys[0], len(activation_candidates), probes),
-            _diagonal(run, on_weights, weights, keys[1], len(weight_candidates), probes),
-            activation_candidates,
-            weight_candidates,
+    data = (params, noise, inputs, targets, key, start)
+
+    def mean(candidates: tuple[Candidate, ...], of_weights: bool) -> dict[str, Any]:
+        probe = functools.partial(_probe, graph, loss, ranges, candidates, of_weights, *data)
+        count = len(candidates)
+        if not count:
+            return {}
+        values = jax.lax.map(probe, jnp.arange(probes * count))
+        return jax.tree.map(
+            lambda v: jnp.moveaxis(v.reshape(probes, count, *v.shape[1:]).mean(0), 0, -1), values
         )
 
-    numbers = start + jnp.arange(jax.tree.leaves(inputs)[0].shape[0])
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
-    return jax.vmap(one)(inputs, targets, keys)
+    return SecondOrder(
+        mean(activation_candidates, False),
+        mean(weight_candidates, True),
+        activation_candidates,
+        weight_candidates,
+    )
 
 
-def _diagonal(
-    run: Callable[..., Any],
-    handler: Callable[..., Any],
-    zeros: dict[str, Any],
+def _check_probes(probes: int) -> None:
+    """Raises ScoreError for fewer than one probe."""
+    if probes < 1:
+        raise ScoreError(f"probes is {probes}; one or more were expected")
+
+
+def _probe(
+    graph: Graph,
+    loss: Loss,
+    ranges: Ranges,
+    candidates: tuple[Candidate, ...],
+    of_weights: bool,
+    params: Any,
+    noise: Mapping[str, tuple[Any, ...]],
+    inputs: Any,
+    targets: Any,
     key: Any,
-    candidates: int,
-    probes: int,
+    start: Any,
+    number: Any,
 ) -> dict[str, Any]:
-    """Half the Hessian's diagonal by name, [..., candidates], the mean over the probes.
+    """One estimate of half the Hessian's diagonal, for candidate `number` modulo their count.
 
-    Args:
-      run: `run(handler=...)`, an example's loss.
-      handler: `handler(candidate, multipliers, call)`.
-      zeros: the multipliers.
-      key: for the signs.
-      candidates: how many.
-      probes: per candidate.
+    Returns:
+      Per site, float32 [batch, operands]; per weight with `of_weights`, float32 [batch].
     """
-    if not zeros or not candidates:
-        return {}
+    candidate = number % len(candidates)
+    if of_weights:
+        zeros = {name: jnp.zeros((), jnp.float32) for name in graph.weights}
+        handler = functools.partial(_noisy_weight, graph, candidate)
+    else:
+        zeros = {site: jnp.zeros(len(x), jnp.float32) for site, x in ranges.stats.items() if x}
+        handler = functools.partial(_noisy_operands, candidates, candidate)
+    values = {"weights": noise if of_weights else {}, "state": ranges.grids}
+    leaves = jax.tree.leaves(params)
 
-    def gradient(multipliers: Any, candidate: Any) -> Any:
+    def one(inputs: Any, targets: Any, example: Any) -> dict[str, Any]:
         def example_loss(multipliers: Any) -> Any:
-            return run(handler=functools.partial(handler, candidate, multipliers))
+            with_noise = functools.partial(handler, multipliers)
+            return per_example(graph, with_noise, loss, leaves, inputs, targets, **values)
 
-        return jax.grad(example_loss)(multipliers)
-
-    # A loop, since one compiled pass serves all and memory is that of one.
-    def probe(number: Any) -> Any:
-        signs = _signs(jax.random.fold_in(key, number), zeros)
-        of = functools.partial(gradient, candidate=number % candidates)
-        _, product = jax.jvp(of, (zeros,), (signs,))
+        own_key = jax.random.split(jax.random.fold_in(key, start + example))[int(of_weights)]
+        signs = _signs(jax.random.fold_in(own_key, number), zeros)
+        _, product = jax.jvp(jax.grad(example_loss), (zeros,), (signs,))
         return jax.tree.map(lambda sign, value: sign * value / 2, signs, product)
 
-    values = jax.lax.map(probe, jnp.arange(probes * candidates))
-
-    def by_candidate(value: Any) -> Any:
-        return jnp.moveaxis(value.reshape(probes, candidates, *value.shape[1:]).mean(0), 0, -1)
-
-    return jax.tree.map(by_candidate, values)
+    if not zeros:
+        return {}
+    return jax.vmap(one)(inputs, targets, jnp.arange(jax.tree.leaves(inputs)[0].shape[0]))
 
 
 def _signs(key: Any, like: dict[str, Any]) -> dict[str, Any]:
@@ -350,18 +351,30 @@ def curvature(
       ScoreError: no data, targets that do not fit, estimates that are not finite.
       TraceError: params are not the traced model's, NaN in inputs.
     """
+    _check_probes(probes)
     check_params(graph, params)
     check_ranges(graph, ranges)
+    activation_candidates = tuple(activation_candidates)
     weight_candidates = tuple(weight_candidates)
     noise = jax.jit(lambda p: weight_noise(graph, p, weight_candidates))(params)
 
-    @jax.jit
-    def step(params: Any, noise: Any, inputs: Any, targets: Any, start: Any) -> SecondOrder:
-        return second_order(
-            graph, params, inputs, targets, loss, ranges, jax.random.key(seed),
-            start=start, probes=probes, noise=noise,
-            activation_candidates=activation_candidates, weight_candidates=weight_candidates,
-        )  # fmt: skip
+    # One compiled pass for operands and one for weights, called for every candidate and probe.
+    steps = {
+        of_weights: (
+            len(candidates),
+            jax.jit(functools.partial(_probe, graph, loss, ranges, candidates, of_weights)),
+        )
+        for of_weights, candidates in ((False, activation_candidates), (True, weight_candidates))
+    }
+
+    def estimate(of_weights: bool, inputs: Any, targets: Any, start: int) -> dict[str, Any]:
+        count, step = steps[of_weights]
+        data = (params, noise, inputs, targets, jax.random.key(seed), jnp.int32(start))
+        found = [jax.device_get(step(*data, jnp.int32(n))) for n in range(probes * count)]
+        means = [
+            jax.tree.map(lambda *v: np.mean(v, axis=0), *found[k::count]) for k in range(count)
+        ]
+        return jax.tree.map(lambda *v: np.stack(v, axis=-1), *means) if means else {}
 
     parts: list[SecondOrder] = []
     total = len(batches) if isinstance(batches, Sequence) else None
@@ -374,8 +387,13 @@ def curvature(
             continue
         size = size or count
         inputs, targets = padded((inputs, targets), size)
-        found = jax.device_get(step(params, noise, inputs, targets, jnp.int32(start)))
-        parts.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], found))
+        found = SecondOrder(
+            estimate(False, inputs, targets, start),
+            estimate(True, inputs, targets, start),
+            activation_candidates,
+            weight_candidates,
+        )
+        parts.append(jax.tree.map(lambda x, n=count: x[:n], found))
         _check_estimates(parts[-1], number)
         start += count
     if not parts:
@@ -387,11 +405,11 @@ def curvature(
     weights = [merged.weights[name] for name in names if merged.weights]
     return Curvature(
         fingerprint=graph.fingerprint,
-        activations=_stack(operands, (start, len(rows), len(merged.activation_candidates))),
+        activations=_stack(operands, (start, len(rows), len(activation_candidates))),
         weights=_stack(weights, (start, len(names), len(weight_candidates))),
         activation_rows=rows,
         weight_rows=names,
-        activation_candidates=merged.activation_candidates,
+        activation_candidates=activation_candidates,
         weight_candidates=weight_candidates,
     )
 

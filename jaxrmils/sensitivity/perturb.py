@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrmils.graph import Graph, SiteCall, interpret
-from jaxrmils.numerics import fake_quant
+from jaxrmils.numerics import switched_quant
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.sensitivity.candidates import (
     ACTIVATION_CANDIDATES,
@@ -68,24 +68,18 @@ def perturbed_losses(
         site, operands = call.site, list(call.operands())
         for position, index in enumerate(site.activations):
             if site.name in activation_switches:
-                switch = activation_switches[site.name][position]
-                grids = call.state[position]
-                operands[index] = _switched(
+                operands[index] = switched_quant(
                     operands[index],
-                    switch,
-                    [
-                        lambda x, c=c, g=grids: fake_quant(x, g[c.bits], c.rounding)
-                        for c in activation_candidates
-                    ],
+                    [call.state[position][c.bits] for c in activation_candidates],
+                    [c.rounding for c in activation_candidates],
+                    activation_switches[site.name][position],
                 )
         if site.weight is not None and site.weight.name in weight_switches:
             index = site.weight.operand
-            deltas = [call.view(delta) for delta in call.weight]
-            operands[index] = _switched(
-                operands[index],
-                weight_switches[site.weight.name],
-                [lambda w, d=d: (w.astype(jnp.float32) + d).astype(w.dtype) for d in deltas],
-            )
+            switch = weight_switches[site.weight.name]
+            delta = switched_noise([call.view(delta) for delta in call.weight], switch)
+            weight = operands[index]
+            operands[index] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)
         return call.bind_highest(*operands), None
 
     leaves = jax.tree.leaves(params)
@@ -93,8 +87,9 @@ def perturbed_losses(
     return loss(outputs, targets).astype(jnp.float32)
 
 
-def _switched(x: Any, switch: Any, changes: list[Any]) -> Any:
-    return jax.lax.switch(switch, [lambda x: x, *changes], x)
+def switched_noise(deltas: Sequence[Any], switch: Any) -> Any:
+    """The weight noise that a switch chooses: zeros for 0, `deltas[k]` for k + 1."""
+    return jax.lax.select_n(switch, jnp.zeros_like(deltas[0]), *deltas)
 
 
 def all_off(graph: Graph, ranges: Ranges) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -28,9 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrmils.graph import Graph, SiteCall, interpret
+from jaxrmils.numerics import switched_quant
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.sensitivity.candidates import ACTIVATION_CANDIDATES, Candidate
 from jaxrmils.sensitivity.contraction import noise as activation_noise
+from jaxrmils.sensitivity.perturb import switched_noise
 from jaxrmils.sensitivity.tangent import Loss, ScoreError, float32_operation, weight_noise
 
 
@@ -97,6 +99,7 @@ def secant(
     *,
     points: int = 2,
     noise: Mapping[str, tuple[Any, ...]] | None = None,
+    float_loss: Any = None,
 ) -> Attribution:
     """Attributes the joint loss change of a quantized network to its sites, per example.
 
@@ -112,6 +115,8 @@ def secant(
       formats: what is quantized, and how.
       points: T, the number of Gauss-Legendre points.
       noise: `weight_noise(graph, params)` if it is already known; only switches read it.
+      float_loss: float32 [batch], the float model's losses if they are already known; otherwise
+        they cost a forward pass of their own.
 
     Returns:
       The attribution.
@@ -141,7 +146,7 @@ def secant(
     nodes, node_weights = (v.astype(np.float32) for v in np.polynomial.legendre.leggauss(points))
     times, shares = (nodes + 1) / 2, node_weights / 2
 
-    def one(inputs: Any, targets: Any) -> Attribution:
+    def one(inputs: Any, targets: Any, known: Any) -> Attribution:
         batch, labels = jax.tree.map(lambda x: jnp.asarray(x)[None], (inputs, targets))
         run = functools.partial(interpret, graph, leaves=leaves, inputs=batch, weights=deltas)
 
@@ -170,12 +175,14 @@ def secant(
         return Attribution(
             activations=total["activations"],
             weights=total["weights"],
-            float_loss=path(zeros, jnp.float32(0)),
+            float_loss=example_loss(run(handler=_float)[0]) if known is None else known,
             quantized_loss=quantized,
             points=points,
         )
 
-    return jax.vmap(one)(inputs, targets)
+    if float_loss is None:
+        return jax.vmap(lambda x, y: one(x, y, None))(inputs, targets)
+    return jax.vmap(one)(inputs, targets, jnp.asarray(float_loss, jnp.float32))
 
 
 def path_outputs(
@@ -208,10 +215,7 @@ def _deltas(
     if switched:
         known = known or weight_noise(graph, params)
         for name, switch in switched.items():
-            deltas = known[name]
-            branches = [lambda d: jnp.zeros_like(d[0])]
-            branches += [lambda d, k=k: d[k] for k in range(len(deltas))]
-            found[name] = jax.lax.switch(switch, branches, deltas)
+            found[name] = switched_noise(known[name], switch)
     return found
 
 
@@ -224,6 +228,11 @@ def _multipliers(graph: Graph, formats: Formats) -> dict[str, dict[str, Any]]:
         },
         "weights": {site: jnp.zeros((), jnp.float32) for site in sorted(weights)},
     }
+
+
+def _float(call: SiteCall) -> tuple[Any, Any]:
+    """The float network."""
+    return call.bind_highest(*call.operands()), None
 
 
 def _quantize(formats: Formats, call: SiteCall) -> tuple[Any, Any]:
@@ -250,11 +259,13 @@ def _eps(x: Any, grids: Mapping[int, Any], candidate: Any) -> Any:
         return jnp.zeros(x.shape, jnp.float32)
     if isinstance(candidate, Candidate):
         return activation_noise(x, grids[candidate.bits], candidate)
-    branches = [lambda x: jnp.zeros(x.shape, jnp.float32)]
-    branches += [
-        lambda x, c=c: activation_noise(x, grids[c.bits], c) for c in ACTIVATION_CANDIDATES
-    ]
-    return jax.lax.switch(candidate, branches, x)
+    chosen = switched_quant(
+        x.astype(jnp.float32),
+        [grids[c.bits] for c in ACTIVATION_CANDIDATES],
+        [c.rounding for c in ACTIVATION_CANDIDATES],
+        candidate,
+    )
+    return chosen - x.astype(jnp.float32)
 
 
 def _path(

@@ -15,6 +15,7 @@ def get_config():
     config = base_config()
     config.task = "tiny_task.py:build"
     config.batch_size = 50
+    config.policy.name = "rmils"
     return config
 """
 

@@ -87,6 +87,7 @@ def test_a_product_of_activations_saves_work_alone():
         (Estimate(-0.01, 0.02), 0.0, 0.0),  # drowned in noise
         (Estimate(0.0, 0.02), 1.0, 0.02),
         (Estimate(0.01, 0.005), 2.0, 0.0075 + 0.01),
+        (Estimate(-0.01, 0.004), 0.0, -0.0036),  # a gain, shrunk twice as hard
     ],
 )
 def test_costs_are_shrunk_and_cautious(estimate, caution, expected):

@@ -66,6 +66,7 @@ class SavedAccuracy:
     drop_upper: float | None = None
     alpha: float | None = None
     groups: int | None = None
+    test: str = "McNemar, exact"
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ ARROWS = {"floor": "floor ↓", "ceil": "ceil ↑", "nearest": "nearest"}
 
 
 def change(interval: Estimate | None) -> str:
-    """A mean with half the width of its interval.
+    """A mean with its interval, which need not be symmetric.
 
-    >>> change(Estimate(0.5, 0.4, 0.6, 0.05, 10, 0.95, "t"))
-    '+0.50000 ± 0.10000'
+    >>> change(Estimate(0.5, 0.45, 0.6, 0.05, 10, 0.95, "t"))
+    '+0.50000 [+0.45000, +0.60000]'
     """
     if interval is None:
         return "-"
-    return f"{interval.mean:+.5f} ± {(interval.upper - interval.lower) / 2:.5f}"
+    return f"{interval.mean:+.5f} {between(interval.lower, interval.upper)}"
 
 
 def between(lower: float, upper: float) -> str:
@@ -68,7 +68,7 @@ def accuracy_lines(report: SavedReport) -> tuple[str, str]:
     a = report.accuracy
     if a is None:
         return "", ""
-    support = f"{a.gained} gained, {a.lost} lost, McNemar p = {a.p_value:.2g}"
+    support = f"{a.gained} gained, {a.lost} lost, p = {a.p_value:.2g} ({a.test})"
     if a.drop_upper is not None:
         level = f"{100 * (1 - (a.alpha or report.test.alpha)):g} %"
         support += f"; at {level} the drop is below {100 * a.drop_upper:.2f} points"
