@@ -22,6 +22,7 @@ def base_config() -> Any:
     # What is kept low: "task", or without labels the distance to the float model's own outputs,
     # "kl" (of their softmax) or "squared".
     config.loss = "task"
+    config.curvature = False  # also estimate every layer's second-order term (8 more passes)
     config.backend = ""  # "cpu", "cuda", "tpu"; empty for where jax runs
 
     config.train = ConfigDict()

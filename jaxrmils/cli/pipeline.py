@@ -29,7 +29,14 @@ from jaxrmils.policies import (
     uniform,
 )
 from jaxrmils.progress import Progress, silent
-from jaxrmils.sensitivity import Scores, label_free, score, with_float_outputs
+from jaxrmils.sensitivity import (
+    Curvature,
+    Scores,
+    curvature,
+    label_free,
+    score,
+    with_float_outputs,
+)
 from jaxrmils.sensitivity.losses import LabelFree
 from jaxrmils.zoo import mnist_cnn_task
 
@@ -96,6 +103,7 @@ def make_plan(
     task: Task,
     ranges: Ranges,
     scores: Scores | None,
+    second_order: Curvature | None = None,
     progress: Progress = silent,
 ) -> tuple[Plan, Lossless | None]:
     """The plan of the configured policy, and how `lossless` came to it.
@@ -119,6 +127,7 @@ def make_plan(
             alpha=config.verify.alpha,
             search=search_of(policy),
             scores=scores,
+            curvature=second_order,
             directed=policy.directed,
             groups=confirmation.groups,
             selection_groups=selection.groups,
@@ -209,7 +218,18 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
             shift_probe=config.policy.name == "rmils" and config.policy.probe == "shift",
             progress=progress,
         )
-    plan, search = make_plan(config, graph, params, task, ranges, scores, progress)
+    second_order = None
+    if config.curvature:
+        second_order = curvature(
+            graph,
+            params,
+            batches(selection, size),
+            task.loss,
+            ranges,
+            seed=config.seed,
+            progress=progress,
+        )
+    plan, search = make_plan(config, graph, params, task, ranges, scores, second_order, progress)
     model = quantize(graph, params, plan, ranges, backend=config.backend or None)
     settings, test = config.verify, task.split("test")
     report = verify(
@@ -220,6 +240,7 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
         task.loss,
         ranges=ranges,
         scores=scores,
+        curvature=second_order,
         margin=search.margin if search else settings.margin or None,
         alpha=settings.alpha,
         groups=test.groups,

@@ -38,6 +38,9 @@ def layer_table(report: Report) -> Table:
         ("measured Δloss", report.measured),
     ):
         table.add_column(name, justify="right", no_wrap=True, footer=_change(total))
+    curved = any(row.curvature for row in report.layers)
+    if curved:
+        table.add_column("2nd order", justify="right", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True, footer=_sizes(report))
     for row in report.layers:
         table.add_row(
@@ -46,9 +49,15 @@ def layer_table(report: Report) -> Table:
             _change(row.predicted),
             _change(row.attributed),
             _change(row.measured),
+            *([_second_order(row.curvature)] if curved else []),
             _layer_size(row),
         )
     return table
+
+
+def _second_order(interval: Interval | None) -> str:
+    """The mean and, below it, its standard error."""
+    return "-" if interval is None else f"{interval.mean:+.5f}\n(± {interval.standard_error:.5f})"
 
 
 def joint_table(report: Report) -> Table:

@@ -17,9 +17,9 @@ from jaxrmils.evaluation.simulate import EvaluationError, Measured, SimulatedMod
 from jaxrmils.graph import Coverage, Graph
 from jaxrmils.lowering import QuantizedModel, compiled_integer_sites
 from jaxrmils.numerics.calibration import Ranges
-from jaxrmils.policies import Plan, attribute, predict
+from jaxrmils.policies import Plan, attribute, predict, predict_second_order
 from jaxrmils.progress import Progress, silent
-from jaxrmils.sensitivity import Loss, Scores
+from jaxrmils.sensitivity import Curvature, Loss, Scores
 from jaxrmils.statistics import (
     AccuracyChange,
     Interval,
@@ -124,6 +124,7 @@ def verify(
     *,
     ranges: Ranges | None = None,
     scores: Scores | None = None,
+    curvature: Curvature | None = None,
     margin: float | None = None,
     alpha: float = 0.05,
     groups: Any = None,
@@ -148,6 +149,7 @@ def verify(
       ranges: those that the plan was made with; without them nothing is simulated (no layers, no
         attribution, no controls).
       scores: to show the predictions beside the measurement.
+      curvature: of the selection data, to show second-order terms beside them.
       margin: largest mean loss change that counts as lossless; default 0.5 % of the float loss,
         at least 0.005.
       alpha: one-sided level of the test.
@@ -206,6 +208,8 @@ def verify(
             progress=progress,
         )
     report = _report(graph, model, batches[0][0], before, after, test, simulated, groups)
+    if curvature is not None:
+        report = _with_curvature(report, curvature, model, selection_groups)
     if scores is None:
         return report
     return _with_predictions(report, scores, model.plan, selection_groups, seed)
@@ -325,6 +329,17 @@ def _with_predictions(report: Report, scores: Scores, plan: Plan, groups: Any, s
         predicted=mean_interval(sum(predicted.values()), groups=groups),
         curve=calibration_curve(scores, plan, groups=groups, seed=seed),
     )
+
+
+def _with_curvature(
+    report: Report, curvature: Curvature, model: QuantizedModel, groups: Any
+) -> Report:
+    """The report with the layers' second-order terms."""
+    _check_groups("selection_groups", groups, len(curvature))
+    terms = predict_second_order(curvature, model.plan, model.sizes)
+    intervals = {name: mean_interval(term, groups=groups) for name, term in terms.items()}
+    rows = (replace(row, curvature=intervals.get(row.name)) for row in report.layers)
+    return replace(report, layers=tuple(rows))
 
 
 def _check_groups(name: str, groups: Any, expected: int) -> None:

@@ -21,6 +21,7 @@ from jaxrmils.policies.plan import LayerPlan as LayerPlan
 from jaxrmils.policies.plan import Plan as Plan
 from jaxrmils.policies.plan import check_plan as check_plan
 from jaxrmils.policies.plan import predict as predict
+from jaxrmils.policies.plan import predict_second_order as predict_second_order
 from jaxrmils.policies.plan import roundings_by_site as roundings_by_site
 from jaxrmils.policies.rmils import PROBES as PROBES
 from jaxrmils.policies.rmils import mu_values as mu_values

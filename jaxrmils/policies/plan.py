@@ -12,7 +12,7 @@ import numpy as np
 from jaxrmils.graph import Graph, ModelTable
 from jaxrmils.numerics import ROUNDINGS, Rounding
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError, format_name
-from jaxrmils.sensitivity import Candidate, Scores
+from jaxrmils.sensitivity import Candidate, Curvature, Scores
 
 _BITS = (32, 8, 4)
 
@@ -168,6 +168,46 @@ def layer_prediction(scores: Scores, name: str, layer: LayerPlan) -> np.ndarray:
     for part in _parts(scores, name, layer):
         total += part
     return total
+
+
+def predict_second_order(
+    curvature: Curvature, plan: Plan, table: ModelTable
+) -> dict[str, np.ndarray]:
+    """Second-order terms of every layer under a plan, operand by operand and weight alone.
+
+    Where they are as large as the first-order prediction, read the secant instead.
+
+    Args:
+      curvature: from `jaxrmils.sensitivity.curvature`; must hold the plan's candidates.
+      plan: for the same model.
+      table: the model's.
+
+    Returns:
+      Per quantized layer, float64 [N]: estimates of 1/2 eps' H eps, summed over its operands and
+      its weight without their cross terms.
+
+    Raises:
+      PlanError: a format of the plan is not in the curvature, or it is another model's.
+    """
+    check_plan(plan, table)
+    if curvature.fingerprint != plan.fingerprint:
+        raise PlanError("the curvature was computed for another model; compute it for this one")
+    result = {}
+    for name, layer in plan.layers.items():
+        if layer.is_float:
+            continue
+        total = np.zeros(len(curvature), np.float64)
+        try:
+            if layer.weight_bits < FLOAT_BITS:
+                candidate = Candidate(layer.weight_bits, layer.weight_rounding)
+                total += curvature.weight(name, candidate)
+            for row, rounding in zip(table.layer[name].activations, layer.rounding, strict=False):
+                candidate = Candidate(layer.activation_bits, rounding)
+                total += curvature.activation(row.site, row.position, candidate)
+        except ValueError as error:
+            raise PlanError(f"layer {name}: no curvature for the format {layer.format}") from error
+        result[name] = total
+    return result
 
 
 def _parts(scores: Scores, name: str, layer: LayerPlan) -> list[np.ndarray]:

@@ -54,11 +54,15 @@ def test_lossless_tests_a_sequence_on_the_confirmation_split(folder, capsys):
     out = folder / "lossless"
     arguments = ["quantize", "--config", f"{folder}/config.py", "--out", str(out)]
     options = ["--config.policy.name=lossless", "--config.verify.margin=0.05"]
-    assert main([*arguments, *options, "--config.policy.rounds=1"]) == OK
+    options += ["--config.policy.rounds=1", "--config.curvature=True"]
+    assert main([*arguments, *options]) == OK
     printed = " ".join(capsys.readouterr().out.split())
     report = json.loads((out / "report.json").read_text())
     steps = report["lossless"]["steps"]
     assert report["lossless"]["words"] in printed
+    assert "2nd order" in printed and "Plans tested in this order" in printed
+    curvatures = [layer["curvature"] for layer in report["layers"] if layer["format"] != "float"]
+    assert all(each["n"] == 100 for each in curvatures)
     assert steps[0]["test"]["n"] == 60
     assert steps[0]["selection"]["n"] == 100
     assert report["test"]["margin"] == report["lossless"]["margin"] == 0.05
