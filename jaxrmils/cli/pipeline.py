@@ -206,33 +206,50 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
         percentile=settings.percentile,
         progress=progress,
     )
-    selection = task.split("selection")
-    scores = None
+    selection = batches(task.split("selection"), size)
+    arguments = (graph, params, selection, task.loss, ranges)
+    scores = second_order = None
     if config.loss == "task":
-        scores = score(
-            graph,
-            params,
-            batches(selection, size),
-            task.loss,
-            ranges,
-            shift_probe=config.policy.name == "rmils" and config.policy.probe == "shift",
-            progress=progress,
-        )
-    second_order = None
+        shift_probe = config.policy.name == "rmils" and config.policy.probe == "shift"
+        scores = score(*arguments, shift_probe=shift_probe, progress=progress)
     if config.curvature:
-        second_order = curvature(
-            graph,
-            params,
-            batches(selection, size),
-            task.loss,
-            ranges,
-            seed=config.seed,
-            progress=progress,
-        )
+        second_order = curvature(*arguments, seed=config.seed, progress=progress)
     plan, search = make_plan(config, graph, params, task, ranges, scores, second_order, progress)
     model = quantize(graph, params, plan, ranges, backend=config.backend or None)
-    settings, test = config.verify, task.split("test")
-    report = verify(
+    report = _verified(
+        config, graph, params, model, task, ranges, scores, second_order, search, progress
+    )
+    if search:
+        report = replace(report, lossless=steps_of(search))
+    return Result(
+        task=task,
+        graph=graph,
+        params=params,
+        ranges=ranges,
+        scores=scores,
+        plan=plan,
+        model=model,
+        report=report,
+        mu=_mu(config, graph, scores),
+    )
+
+
+def _verified(
+    config: Any,
+    graph: Graph,
+    params: Any,
+    model: QuantizedModel,
+    task: Task,
+    ranges: Ranges,
+    scores: Scores | None,
+    second_order: Curvature | None,
+    search: Lossless | None,
+    progress: Progress,
+) -> Report:
+    """The report on the test split, which is read here and nowhere else."""
+    settings, size = config.verify, config.batch_size
+    test, selection = task.split("test"), task.split("selection")
+    return verify(
         graph,
         params,
         model,
@@ -252,19 +269,6 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
         compare=settings.compare,
         seed=config.seed,
         progress=progress,
-    )
-    if search:
-        report = replace(report, lossless=steps_of(search))
-    return Result(
-        task=task,
-        graph=graph,
-        params=params,
-        ranges=ranges,
-        scores=scores,
-        plan=plan,
-        model=model,
-        report=report,
-        mu=_mu(config, graph, scores),
     )
 
 

@@ -19,7 +19,7 @@ from jaxrmils.numerics import Ranges, format_size
 from jaxrmils.policies.formats import PlanError
 from jaxrmils.policies.plan import FLOAT_LAYER, Plan
 from jaxrmils.policies.sequence import Directions, MeasuredPlan, Search, plan_sequence
-from jaxrmils.policies.simulation import Simulator
+from jaxrmils.policies.simulation import Simulation, Simulator
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import Curvature, Loss, Scores, directions, fisher
 from jaxrmils.statistics import (
@@ -172,16 +172,13 @@ def lossless(
         settings=settings,
         progress=progress,
     )
+    tests = _in_order(sequence, on_confirmation, margin, alpha, groups, progress)
     table = tabulate(graph)
-    steps, failed = [], False
-    for each in progress(sequence, "testing the sequence", len(sequence)):
-        test = None
-        if not failed:
-            change = on_confirmation.change(each.plan)
-            test = noninferiority(change, margin=margin, alpha=alpha, groups=groups)
-            failed = not test.passed
-        steps.append(_step(table, each, test, selection_groups))
-    passed = [i for i, step in enumerate(steps) if step.test is not None and step.test.passed]
+    steps = [
+        _step(table, each, test, selection_groups)
+        for each, test in zip(sequence, tests, strict=True)
+    ]
+    passed = [i for i, test in enumerate(tests) if test is not None and test.passed]
     chosen = passed[-1] if passed else None
     float_plan = Plan(dict.fromkeys(table.layer, FLOAT_LAYER), graph.fingerprint, settings)
     return Lossless(
@@ -192,6 +189,26 @@ def lossless(
         steps=tuple(steps),
         words=_words(table, steps, chosen),
     )
+
+
+def _in_order(
+    sequence: Sequence[MeasuredPlan],
+    data: Simulation,
+    margin: float,
+    alpha: float,
+    groups: Any,
+    progress: Progress,
+) -> list[NonInferiority | None]:
+    """The plans' tests, up to the first failure; None behind it."""
+    tests: list[NonInferiority | None] = []
+    failed = False
+    for each in progress(sequence, "testing the sequence", len(sequence)):
+        test = None
+        if not failed:
+            test = noninferiority(data.change(each.plan), margin=margin, alpha=alpha, groups=groups)
+            failed = not test.passed
+        tests.append(test)
+    return tests
 
 
 def _directions(scores: Scores | None, curvature: Curvature | None) -> Directions | None:

@@ -361,6 +361,6 @@ def layer_numbers(report: SavedReport) -> Markup:
     note = f" {left_out.strip()} layers.csv has them all." if left_out else ""
     table = tag("table", head, tag("tbody", *body), class_="numbers")
     return join(
-        tag("p", f"Mean ± half the width of the interval.{note}"),
+        tag("p", f"Mean and interval.{note}"),
         tag("div", table, class_="wide", tabindex=0, role="region", aria_label="numbers by layer"),
     )

@@ -11,7 +11,7 @@ from jaxrmils.evaluation.page.saved import SavedReport, SavedRun, read_report
 from jaxrmils.evaluation.page.template import document, facts, notes, tiles, verdict_box
 from jaxrmils.evaluation.page.words import (
     accuracy_lines,
-    change,
+    between,
     confidence,
     examples,
     flatten,
@@ -81,8 +81,10 @@ def _tiles(report: SavedReport) -> list[tuple[str, str, str]]:
         ),
         (
             "Loss change",
-            change(report.measured),
-            f"float {report.float_loss:.5f}; {confidence(test)} upper bound "
+            f"{report.measured.mean:+.5f}",
+            f"{between(report.measured.lower, report.measured.upper)}, two-sided "
+            f"{percent(report.measured.level, 0)}; float {report.float_loss:.5f}; "
+            f"{confidence(test)} upper bound "
             f"{test.upper_bound:+.5f} {relation} margin {test.margin:.3g}",
         ),
     ]

@@ -1,0 +1,208 @@
+"""Images from a folder or a zip archive, resized and cropped the same way every time."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from jaxrmils.data.dataset import DataError, Dataset
+from jaxrmils.data.tables import class_indices, read_columns
+
+SUFFIXES = (".jpeg", ".jpg", ".png")
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Pixels to what a network was trained on: `(pixels * scale - mean) / std` in float32.
+
+    Works on NumPy arrays and inside a traced function alike. Images kept as uint8 take a quarter
+    of the memory; then it belongs into the model, `apply(params, normalization(images))`.
+
+    Args:
+        mean: one number for each channel, or one for all, in the units of the scaled pixels.
+        std: likewise, positive.
+        scale: what pixels of 0 to 255 are multiplied with first.
+
+    >>> Normalization(mean=(127.0,), std=(128.0,))(np.array([[[[127, 255, 0]]]], np.uint8))
+    array([[[[ 0.       ,  1.       , -0.9921875]]]], dtype=float32)
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    scale: float = 1.0
+
+    def __call__(self, images: Any) -> Any:
+        """float32 images of the same shape, `[..., channels]`."""
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        return (images.astype(np.float32) * np.float32(self.scale) - mean) / std
+
+
+def load_image_folder(
+    folder: str | Path,
+    *,
+    size: int,
+    crop_padding: int = 0,
+    normalization: Normalization | None = None,
+    labels: str | Path | None = None,
+    file_column: str = "file",
+    label_column: str = "label",
+    where: Mapping[str, str] | None = None,
+    classes: Sequence[str] | None = None,
+    grayscale: bool = False,
+    name: str | None = None,
+) -> Dataset:
+    """JPEG and PNG images under a folder or in a zip archive, in the order of their paths.
+
+    Args:
+        folder: the folder or `.zip` file; subfolders are searched too.
+        size: height and width of the result, in pixels.
+        crop_padding: see `resize_and_crop`; 32 for EfficientNet, 0 for the whole centre square.
+        normalization: applied to the images, which become float32. By default they stay uint8, and
+            the model normalises them.
+        labels: a CSV file that gives every image its label. By default an image's class is the
+            name of the folder it lies in.
+        file_column: the CSV's column with paths, relative to `folder`.
+        label_column: the CSV's column with labels: integers, or names of classes.
+        where: keep only the CSV's rows with these values, such as `{"split": "test"}`.
+        classes: names of the classes in the order of their indices; by default all names that
+            occur, sorted. Give them where a model was trained on more classes than occur here.
+        grayscale: one channel instead of three.
+        name: what reports call the data; the folder's name by default.
+
+    Returns:
+        `inputs` uint8 or float32 `[images, size, size, channels]`, `targets` int32 `[images]`.
+
+    Raises:
+        DataError: Pillow is missing, there is no image, an image cannot be read, labels and images
+            do not belong together one to one, or a label is no class.
+    """
+    folder = Path(folder)
+    reader, paths = _open(folder)
+    if not paths:
+        raise DataError(f"{folder} holds no image; expected files ending in {', '.join(SUFFIXES)}")
+    if labels is None:
+        targets = class_indices([PurePosixPath(path).parent.name for path in paths], classes)
+    else:
+        table = read_columns(labels, [file_column, label_column], where)
+        found = _labels_by_path(Path(labels), table[file_column], table[label_column])
+        _check_same_files(folder, Path(labels), paths, found)
+        targets = class_indices([found[path] for path in paths], classes)
+    mode = "L" if grayscale else "RGB"
+    images = np.empty((len(paths), size, size, len(mode)), np.uint8)
+    broken = []
+    for image, path in zip(images, paths, strict=True):
+        try:
+            image[:] = _decode(reader(path), size, crop_padding, mode)
+        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
+            broken.append(f"{path} ({error})")
+    if broken:
+        shown = "; ".join(broken[:5])
+        raise DataError(
+            f"{folder}: {len(broken)} of {len(paths)} images cannot be read: {shown}"
+            f"{'; ...' if len(broken) > 5 else ''}; repair or remove them"
+        )
+    inputs = images if normalization is None else normalization(images)
+    return Dataset(inputs, targets, None, name or folder.stem)
+
+
+def resize_and_crop(image: Any, size: int, crop_padding: int = 0) -> np.ndarray:
+    """The centre of an image, resized bicubically with Pillow's antialiasing.
+
+    The square's side is `size / (size + crop_padding)` of the shorter side, rounded down, as in
+    EfficientNet's evaluation; an image that already has the wanted size is left as it is.
+
+    Args:
+        image: a Pillow image, or uint8 `[height, width]` or `[height, width, channels]`.
+        size: height and width of the result, in pixels.
+        crop_padding: pixels around the result that are cut away, on both sides together.
+
+    Returns:
+        uint8 `[size, size, channels]`.
+
+    Raises:
+        DataError: Pillow is missing, or `size` or `crop_padding` is out of range.
+
+    >>> resize_and_crop(np.zeros((40, 60, 3), np.uint8), 16, crop_padding=2).shape
+    (16, 16, 3)
+    """
+    if size < 1 or crop_padding < 0:
+        raise DataError(f"size is {size} and crop_padding {crop_padding}; expected >= 1 and >= 0")
+    pillow = _import_pillow()
+    if isinstance(image, np.ndarray):
+        image = pillow.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    width, height = image.size
+    side = max(1, min(width, height) * size // (size + crop_padding))
+    left, top = (width - side + 1) // 2, (height - side + 1) // 2
+    # Cropped first: resize(box=...) would let pixels from outside the crop blend in.
+    square = image.crop((left, top, left + side, top + side))
+    if side != size:
+        square = square.resize((size, size), pillow.Resampling.BICUBIC)
+    return np.asarray(square).reshape(size, size, -1)
+
+
+def _decode(data: bytes, size: int, crop_padding: int, mode: str) -> np.ndarray:
+    with _import_pillow().open(io.BytesIO(data)) as image:
+        return resize_and_crop(image.convert(mode), size, crop_padding)
+
+
+def _open(folder: Path) -> tuple[Callable[[str], bytes], list[str]]:
+    """A function that reads a file, and the sorted paths of the images."""
+    if folder.is_dir():
+        paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+        return lambda path: (folder / path).read_bytes(), _images(paths)
+    if not folder.exists():
+        raise DataError(f"{folder} does not exist; expected a folder of images or a zip archive")
+    if not zipfile.is_zipfile(folder):
+        raise DataError(f"{folder} is neither a folder nor a zip archive")
+    archive = zipfile.ZipFile(io.BytesIO(folder.read_bytes()))
+    return archive.read, _images(archive.namelist())
+
+
+def _images(paths: list[str]) -> list[str]:
+    # Hidden files and __MACOSX hold what file managers leave behind.
+    return sorted(
+        path
+        for path in paths
+        if path.lower().endswith(SUFFIXES)
+        and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(path).parts)
+    )
+
+
+def _labels_by_path(labels: Path, files: list[str], values: list[str]) -> dict[str, str]:
+    found = dict(zip(files, values, strict=True))
+    if len(found) != len(files):
+        repeated = next(file for file in files if files.count(file) > 1)
+        raise DataError(f"{labels} lists {repeated} more than once; expected one row an image")
+    return found
+
+
+def _check_same_files(folder: Path, labels: Path, paths: list[str], found: dict[str, str]) -> None:
+    advice = "every image needs one row and every row one image; use where= to choose rows"
+    unlabelled = [path for path in paths if path not in found]
+    if unlabelled:
+        raise DataError(
+            f"{len(unlabelled)} images of {folder} have no row in {labels}, the first is "
+            f"{unlabelled[0]}; {advice}"
+        )
+    missing = sorted(set(found) - set(paths))
+    if missing:
+        raise DataError(
+            f"{labels} lists {len(missing)} images that {folder} does not hold, the first is "
+            f"{missing[0]}; {advice}"
+        )
+
+
+def _import_pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError(
+            "reading images needs Pillow, which is not installed; run: pip install 'jaxrmils[data]'"
+        ) from error
+    return Image
