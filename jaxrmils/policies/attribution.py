@@ -19,6 +19,7 @@ from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import Candidate, Loss, ScoreError
 from jaxrmils.sensitivity.scores import check_targets
 from jaxrmils.sensitivity.secant import Attribution, Formats, secant
+from jaxrmils.statistics import Interval, mean_interval
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +50,21 @@ class PlanAttribution:
     def residual(self) -> np.ndarray:
         """float64 [N]: what the layers' sum leaves unexplained; more points drive it down."""
         return self.change - sum(self.layers.values(), np.zeros_like(self.float_loss))
+
+    def intervals(self, *, level: float = 0.95, groups: Any = None) -> dict[str, Interval]:
+        """Confidence intervals of the layers' mean shares.
+
+        Args:
+          level: confidence of each interval by itself.
+          groups: [N], the group of each example, where examples come in groups.
+
+        Returns:
+          Per quantized layer, the interval of its mean share over examples like these.
+        """
+        return {
+            name: mean_interval(share, level=level, groups=groups)
+            for name, share in self.layers.items()
+        }
 
 
 def attribute(

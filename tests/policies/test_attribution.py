@@ -7,8 +7,9 @@ from models import loss
 from stages import TARGETS, calibrated, table_of, traced
 
 import jaxrmils as jr
-from jaxrmils.policies import PlanError, attribute, formats_of
+from jaxrmils.policies import PlanAttribution, PlanError, attribute, formats_of
 from jaxrmils.sensitivity import Candidate, ScoreError
+from jaxrmils.statistics import mean_interval
 
 
 def test_layers_add_up_to_the_quantized_models_change():
@@ -24,6 +25,17 @@ def test_layers_add_up_to_the_quantized_models_change():
         found.float_loss, loss(graph.apply(params, inputs), TARGETS), rtol=1e-5
     )
     assert np.abs(found.residual).sum() < 0.01 * np.abs(found.change).sum()
+
+
+def test_layers_have_intervals():
+    share = np.random.default_rng(0).normal(1.0, 2.0, size=400)
+    zeros = np.zeros(400)
+    found = PlanAttribution({"a": share, "b": zeros}, zeros, share, 2)
+    intervals = found.intervals(level=0.9)
+    assert intervals["a"] == mean_interval(share, level=0.9)
+    assert (intervals["b"].lower, intervals["b"].upper) == (0.0, 0.0)
+    grouped = found.intervals(groups=np.repeat(np.arange(40), 10))
+    assert grouped["a"].groups == 40
 
 
 def test_formats_follow_the_plan():
