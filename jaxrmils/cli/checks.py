@@ -60,6 +60,11 @@ def check_config(config: Any, graph: Graph) -> None:
             f"config field loss is {config.loss!r}, whose tangent is zero at the float model, so "
             "rmils has nothing to go by; use policy.name 'lossless', which runs on the secant"
         )
+    if config.loss == "squared" and not config.verify.margin:
+        raise ConfigError(
+            "config field loss is 'squared', a distance that is 0 for the float model, so there is "
+            "no default margin; set verify.margin"
+        )
     search_of(policy).check()
     Constraints(policy.skip, forced(policy.force)).resolve(tabulate(graph))
     for name in (policy.format, *config.verify.compare):

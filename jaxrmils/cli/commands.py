@@ -29,7 +29,7 @@ from jaxrmils.numerics import CalibrationError, format_size
 from jaxrmils.policies import PlanError
 from jaxrmils.progress import Progress, bars, silent
 from jaxrmils.sensitivity import ScoreError
-from jaxrmils.statistics import noninferiority, verdict_words
+from jaxrmils.statistics import StatisticsError, noninferiority, verdict_words
 
 USAGE_ERRORS = (PlanError,)
 INPUT_ERRORS = (
@@ -38,6 +38,7 @@ INPUT_ERRORS = (
     DataError,
     EvaluationError,
     ScoreError,
+    StatisticsError,
     TraceError,
     ImportError,
     OSError,
@@ -84,11 +85,11 @@ def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
     written = pipeline.save(result, config, path, args.out)
     console.print(Text(result.task.name, style="bold"))
     print_saved(artifacts.load_run(args.out).report, console, mu_title=_mu_title(result))
-    if all(layer.is_float for layer in result.plan.layers.values()):
-        console.print(_nothing_passed(config, result))
-    console.print(f"Files      {args.out}: {', '.join(written)}")
+    if result.plan.is_float:
+        console.print(Text(_nothing_passed(config, result)))
+    console.print(Text(f"Files      {args.out}: {', '.join(written)}"))
     data = {"out": str(args.out), "files": written, **pipeline.report_dict(result)}
-    return Outcome(data, result.report.test.passed)
+    return Outcome(data, result.report.test.passed and not result.plan.is_float)
 
 
 def _nothing_passed(config: Any, result: pipeline.Result) -> str:
@@ -161,7 +162,9 @@ def evaluate(args: argparse.Namespace) -> Outcome:
                 f"the run's loss is {config.loss!r}, the distance to the float model's outputs; "
                 "leave out --no-float"
             )
-        task = pipeline.without_labels(task, model.graph, params, config.loss, config.batch_size)
+        task = pipeline.without_labels(
+            task, model.graph, params, config.loss, config.batch_size, (args.split,)
+        )
     split = task.split(args.split)
     held_out = pipeline.batches(split, config.batch_size)
     after = measure(model.graph, model, held_out, task.loss, progress=_progress(args))
@@ -188,12 +191,12 @@ def evaluate(args: argparse.Namespace) -> Outcome:
         )
         passed = test.passed
         data |= {"float_loss": float(before.loss.mean()), "change": asdict(test)}
-        data["verdict"] = verdict_words(test)
+        data["verdict"] = verdict_words(test, unit=task.unit)
         lines += [f"Float loss {data['float_loss']:.5f}", f"Verdict    {data['verdict']}"]
         if args.split != "test":
             lines.append(f"Note       the {args.split} split is no held-out data: no certificate")
             passed = False
-    _console(args).print("\n".join(lines))
+    _console(args).print(Text("\n".join(lines)))
     return Outcome(data, passed)
 
 

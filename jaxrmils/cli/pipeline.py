@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from jaxrmils import artifacts
 from jaxrmils.artifacts.report_files import REPORT_KIND, RUN_KIND
 from jaxrmils.cli.checks import check_config, forced, search_of
 from jaxrmils.cli.config import ConfigError, resolve_function
-from jaxrmils.data import Dataset, Task, check_disjoint
+from jaxrmils.data import Dataset, Splits, Task, check_disjoint
+from jaxrmils.data.splits import SPLIT_NAMES
 from jaxrmils.evaluation import Report, verify
 from jaxrmils.graph import Graph, tabulate, trace
 from jaxrmils.lowering import QuantizedModel, quantize
@@ -125,6 +128,7 @@ def make_plan(
             ranges,
             margin=config.verify.margin or None,
             alpha=config.verify.alpha,
+            unit=task.unit,
             search=search_of(policy),
             scores=scores,
             curvature=second_order,
@@ -154,7 +158,13 @@ def make_plan(
 
 
 def without_labels(
-    task: Task, graph: Graph, params: Any, kind: LabelFree, size: int, progress: Progress = silent
+    task: Task,
+    graph: Graph,
+    params: Any,
+    kind: LabelFree,
+    size: int,
+    names: Sequence[str] = SPLIT_NAMES,
+    progress: Progress = silent,
 ) -> Task:
     """The task with the float model's outputs in place of its targets.
 
@@ -164,13 +174,24 @@ def without_labels(
       params: the float parameters.
       kind: "kl" or "squared".
       size: examples in a batch.
+      names: the splits that are needed; the others keep their first example alone.
       progress: draws a bar.
     """
-    data = batches(task.dataset, size)
-    outputs = [y for _, y in with_float_outputs(graph, params, data, progress=progress)]
-    targets = jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
+    parts = {name: getattr(task.splits, name) for name in SPLIT_NAMES}
+    parts = {name: part if name in names else part[:1] for name, part in parts.items()}
+    used = task.dataset.take(np.concatenate(list(parts.values())))
+    outputs = [
+        y for _, y in with_float_outputs(graph, params, batches(used, size), progress=progress)
+    ]
+    ends = np.cumsum([part.size for part in parts.values()])
     return replace(
-        task, dataset=replace(task.dataset, targets=targets), loss=label_free(kind), params=params
+        task,
+        dataset=replace(used, targets=jax.tree.map(lambda *y: np.concatenate(y), *outputs)),
+        splits=Splits(*np.split(np.arange(ends[-1]), ends[:-1]), seed=task.splits.seed),
+        training=None,
+        loss=label_free(kind),
+        unit="nats" if kind == "kl" else "squared error",
+        params=params,
     )
 
 
@@ -190,12 +211,14 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
         raise ConfigError(
             f"batch_size is {config.batch_size}, but the data set has {len(task.dataset)} examples"
         )
-    check_disjoint(task.splits, task.training)
+    check_disjoint(task.splits, task.training, task.dataset.groups)
     graph = trace_task(task)
     check_config(config, graph)
     params = task.load_params()
+    given = task
     if config.loss != "task":
-        task = without_labels(task, graph, params, config.loss, config.batch_size, progress)
+        size = config.batch_size
+        task = without_labels(task, graph, params, config.loss, size, progress=progress)
     size, settings = config.batch_size, config.ranges
     ranges = calibrate(
         graph,
@@ -222,7 +245,7 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
     if search:
         report = replace(report, lossless=steps_of(search))
     return Result(
-        task=task,
+        task=given,
         graph=graph,
         params=params,
         ranges=ranges,
@@ -267,6 +290,7 @@ def _verified(
         selection=batches(selection, size) if settings.controls else None,
         selection_groups=selection.groups,
         compare=settings.compare,
+        unit=task.unit,
         seed=config.seed,
         progress=progress,
     )
@@ -304,6 +328,8 @@ def save(result: Result, config: Any, path: str | Path | None, out: str | Path) 
     if result.scores is not None:
         artifacts.save_scores(result.scores, out / "scores", info={"seed": config.seed})
         written.append("scores")
+    elif (out / "scores").is_dir():
+        shutil.rmtree(out / "scores")  # of an earlier run with labels: they would not belong here
     artifacts.save_model(result.model, out / "model", info={"seed": config.seed})
     artifacts.save_record(report_dict(result), out / "report.json", REPORT_KIND)
     artifacts.save_record(info, out / "run.json", RUN_KIND)

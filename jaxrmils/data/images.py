@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,7 @@ def load_image_folder(
     labels: str | Path | None = None,
     file_column: str = "file",
     label_column: str = "label",
+    group_column: str | None = None,
     where: Mapping[str, str] | None = None,
     classes: Sequence[str] | None = None,
     grayscale: bool = False,
@@ -69,6 +71,7 @@ def load_image_folder(
             name of the folder it lies in.
         file_column: the CSV's column with paths, relative to `folder`.
         label_column: the CSV's column with labels: integers, or names of classes.
+        group_column: the CSV's column that says which images belong together (one patient).
         where: keep only the CSV's rows with these values, such as `{"split": "test"}`.
         classes: names of the classes in the order of their indices; by default all names that
             occur, sorted. Give them where a model was trained on more classes than occur here.
@@ -76,39 +79,38 @@ def load_image_folder(
         name: what reports call the data; the folder's name by default.
 
     Returns:
-        `inputs` uint8 or float32 `[images, size, size, channels]`, `targets` int32 `[images]`.
+        `inputs` uint8 or float32 `[images, size, size, channels]`, `targets` int32 `[images]`,
+        `groups` int64 `[images]` or `None`.
 
     Raises:
         DataError: Pillow is missing, there is no image, an image cannot be read, labels and images
             do not belong together one to one, or a label is no class.
     """
     folder = Path(folder)
-    reader, paths = _open(folder)
-    if not paths:
-        raise DataError(f"{folder} holds no image; expected files ending in {', '.join(SUFFIXES)}")
-    if labels is None:
-        targets = class_indices([PurePosixPath(path).parent.name for path in paths], classes)
-    else:
-        table = read_columns(labels, [file_column, label_column], where)
-        found = _labels_by_path(Path(labels), table[file_column], table[label_column])
-        _check_same_files(folder, Path(labels), paths, found)
-        targets = class_indices([found[path] for path in paths], classes)
-    mode = "L" if grayscale else "RGB"
-    images = np.empty((len(paths), size, size, len(mode)), np.uint8)
-    broken = []
-    for image, path in zip(images, paths, strict=True):
-        try:
-            image[:] = _decode(reader(path), size, crop_padding, mode)
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
-            broken.append(f"{path} ({error})")
-    if broken:
-        shown = "; ".join(broken[:5])
-        raise DataError(
-            f"{folder}: {len(broken)} of {len(paths)} images cannot be read: {shown}"
-            f"{'; ...' if len(broken) > 5 else ''}; repair or remove them"
-        )
+    _check_sizes(size, crop_padding)
+    _import_pillow()
+    if labels is None and (group_column or where):
+        raise DataError("group_column and where are about the CSV table; pass labels= as well")
+    with contextlib.ExitStack() as stack:
+        read, paths = _open(folder, stack)
+        if not paths:
+            raise DataError(
+                f"{folder} holds no image; expected files ending in {', '.join(SUFFIXES)}"
+            )
+        if labels is None:
+            names, groups = _class_folders(folder, paths), None
+        else:
+            columns = [column for column in (label_column, group_column) if column]
+            table = _rows_by_path(folder, Path(labels), paths, file_column, columns, where)
+            names = table[label_column]
+            groups = (
+                np.unique(table[group_column], return_inverse=True)[1] if group_column else None
+            )
+        targets = class_indices(names, classes)
+        images = _read_images(folder, paths, read, size, crop_padding, "L" if grayscale else "RGB")
     inputs = images if normalization is None else normalization(images)
-    return Dataset(inputs, targets, None, name or folder.stem)
+    stem = folder.stem if folder.is_file() else folder.name
+    return Dataset(inputs, targets, groups, name or stem)
 
 
 def resize_and_crop(image: Any, size: int, crop_padding: int = 0) -> np.ndarray:
@@ -131,8 +133,7 @@ def resize_and_crop(image: Any, size: int, crop_padding: int = 0) -> np.ndarray:
     >>> resize_and_crop(np.zeros((40, 60, 3), np.uint8), 16, crop_padding=2).shape
     (16, 16, 3)
     """
-    if size < 1 or crop_padding < 0:
-        raise DataError(f"size is {size} and crop_padding {crop_padding}; expected >= 1 and >= 0")
+    _check_sizes(size, crop_padding)
     pillow = _import_pillow()
     if isinstance(image, np.ndarray):
         image = pillow.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
@@ -146,12 +147,39 @@ def resize_and_crop(image: Any, size: int, crop_padding: int = 0) -> np.ndarray:
     return np.asarray(square).reshape(size, size, -1)
 
 
-def _decode(data: bytes, size: int, crop_padding: int, mode: str) -> np.ndarray:
-    with _import_pillow().open(io.BytesIO(data)) as image:
-        return resize_and_crop(image.convert(mode), size, crop_padding)
+def _check_sizes(size: int, crop_padding: int) -> None:
+    if size < 1 or crop_padding < 0:
+        raise DataError(f"size is {size} and crop_padding {crop_padding}; expected >= 1 and >= 0")
 
 
-def _open(folder: Path) -> tuple[Callable[[str], bytes], list[str]]:
+def _read_images(
+    folder: Path,
+    paths: list[str],
+    read: Callable[[str], bytes],
+    size: int,
+    crop_padding: int,
+    mode: str,
+) -> np.ndarray:
+    """uint8 `[paths, size, size, channels]`; one error names all files that cannot be read."""
+    pillow = _import_pillow()
+    images = np.empty((len(paths), size, size, len(mode)), np.uint8)
+    broken = []
+    for image, path in zip(images, paths, strict=True):
+        try:
+            with pillow.open(io.BytesIO(read(path))) as file:
+                image[:] = resize_and_crop(file.convert(mode), size, crop_padding)
+        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
+            broken.append(f"{path} ({error})")
+    if broken:
+        shown = "; ".join(broken[:5])
+        raise DataError(
+            f"{folder}: {len(broken)} of {len(paths)} images cannot be read: {shown}"
+            f"{'; ...' if len(broken) > 5 else ''}; repair or remove them"
+        )
+    return images
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[Callable[[str], bytes], list[str]]:
     """A function that reads a file, and the sorted paths of the images."""
     if folder.is_dir():
         paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
@@ -160,7 +188,7 @@ def _open(folder: Path) -> tuple[Callable[[str], bytes], list[str]]:
         raise DataError(f"{folder} does not exist; expected a folder of images or a zip archive")
     if not zipfile.is_zipfile(folder):
         raise DataError(f"{folder} is neither a folder nor a zip archive")
-    archive = zipfile.ZipFile(io.BytesIO(folder.read_bytes()))
+    archive = stack.enter_context(zipfile.ZipFile(folder))
     return archive.read, _images(archive.namelist())
 
 
@@ -174,28 +202,44 @@ def _images(paths: list[str]) -> list[str]:
     )
 
 
-def _labels_by_path(labels: Path, files: list[str], values: list[str]) -> dict[str, str]:
-    found = dict(zip(files, values, strict=True))
-    if len(found) != len(files):
-        repeated = next(file for file in files if files.count(file) > 1)
+def _class_folders(folder: Path, paths: list[str]) -> list[str]:
+    names = [PurePosixPath(path).parent.name for path in paths]
+    if "" in names:
+        raise DataError(
+            f"{folder}: {paths[names.index('')]} lies in no subfolder that could name its class; "
+            "pass labels=, a CSV table of files and labels"
+        )
+    return names
+
+
+def _rows_by_path(
+    folder: Path,
+    labels: Path,
+    paths: list[str],
+    file_column: str,
+    columns: list[str],
+    where: Mapping[str, str] | None,
+) -> dict[str, list[str]]:
+    """Columns of the table in the order of `paths`, which are the table's files one to one."""
+    table = read_columns(labels, [file_column, *columns], where)
+    row = {file: number for number, file in enumerate(table[file_column])}
+    if len(row) != len(table[file_column]):
+        repeated = next(f for n, f in enumerate(table[file_column]) if row[f] != n)
         raise DataError(f"{labels} lists {repeated} more than once; expected one row an image")
-    return found
-
-
-def _check_same_files(folder: Path, labels: Path, paths: list[str], found: dict[str, str]) -> None:
     advice = "every image needs one row and every row one image; use where= to choose rows"
-    unlabelled = [path for path in paths if path not in found]
+    unlabelled = [path for path in paths if path not in row]
     if unlabelled:
         raise DataError(
             f"{len(unlabelled)} images of {folder} have no row in {labels}, the first is "
             f"{unlabelled[0]}; {advice}"
         )
-    missing = sorted(set(found) - set(paths))
+    missing = sorted(set(row) - set(paths))
     if missing:
         raise DataError(
             f"{labels} lists {len(missing)} images that {folder} does not hold, the first is "
             f"{missing[0]}; {advice}"
         )
+    return {column: [table[column][row[path]] for path in paths] for column in columns}
 
 
 def _import_pillow() -> Any:

@@ -58,43 +58,61 @@ def make_splits(
     test: int | float,
     seed: int,
     available: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> Splits:
     """Shuffle examples with `seed` and deal them out to four disjoint splits.
+
+    With `groups`, whole groups are dealt out and all sizes count groups: examples of a group
+    resemble each other, so those of one split say nothing new about another's.
 
     Args:
         n: number of examples in the data set.
         ranges, selection, confirmation, test: each an `int` (examples) or a `float` in (0, 1]
-            (fraction of the available examples, rounded down).
+            (fraction of the available examples, rounded down). Groups instead of examples where
+            `groups` are given.
         seed: seed of the shuffle.
         available: integers `[m]` in `[0, n)`, the examples to deal from, such as those the model
             was not trained on; all `n` by default.
+        groups: `[n]`, which examples belong together, such as `Dataset.groups`.
 
     Returns:
         The splits; examples left over belong to none.
 
     Raises:
-        DataError: a split would be empty, or together they need more examples than there are.
+        DataError: a split would be empty, together they need more examples or groups than there
+            are, or a group is available in part only.
 
     >>> splits = make_splits(100, ranges=10, selection=0.3, confirmation=20, test=40, seed=0)
     >>> len(splits.selection), splits.test.size, len(splits.fingerprint)
     (30, 40, 64)
+    >>> pairs = np.arange(100) // 2
+    >>> make_splits(100, ranges=5, selection=5, confirmation=5, test=5, seed=0, groups=pairs).test
+    array([90, 91, 60, 61, 54, 55, 12, 13, 42, 43])
     """
     pool = np.arange(n) if available is None else _checked_indices("available", available, n)
+    # A group is known by its first example from here on.
+    first = np.arange(n) if groups is None else _first_of_group(groups, n, pool)
+    dealt = pool if groups is None else np.unique(first[pool])
+    unit = "examples" if groups is None else "groups"
     requested = dict(zip(SPLIT_NAMES, (ranges, selection, confirmation, test), strict=True))
-    sizes = {name: _split_size(name, size, pool.size) for name, size in requested.items()}
+    sizes = {name: _split_size(name, size, dealt.size, unit) for name, size in requested.items()}
     needed = sum(sizes.values())
-    if needed > pool.size:
+    if needed > dealt.size:
         each = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise DataError(
-            f"the splits need {needed} examples ({each}) but {pool.size} were found; "
-            f"ask for {needed - pool.size} fewer or bring more data"
+            f"the splits need {needed} {unit} ({each}) but {dealt.size} were found; "
+            f"ask for {needed - dealt.size} fewer or bring more data"
         )
-    shuffled = np.random.default_rng(seed).permutation(pool)
-    ends = np.cumsum(list(sizes.values()))
-    return Splits(*np.split(shuffled[:needed], ends[:-1]), seed=seed)
+    shuffled = np.random.default_rng(seed).permutation(dealt)[:needed]
+    parts = np.split(shuffled, np.cumsum(list(sizes.values()))[:-1])
+    if groups is not None:
+        parts = [_members(part, first) for part in parts]
+    return Splits(*parts, seed=seed)
 
 
-def check_disjoint(splits: Splits, training: np.ndarray | None = None) -> None:
+def check_disjoint(
+    splits: Splits, training: np.ndarray | None = None, groups: np.ndarray | None = None
+) -> None:
     """Raise unless no example is used twice, within the splits and against the training data.
 
     Args:
@@ -102,9 +120,10 @@ def check_disjoint(splits: Splits, training: np.ndarray | None = None) -> None:
         training: integers `[m]`, the examples the model was trained on. They may set ranges, since
             a scale only describes the activations; they must not select, confirm or test, since
             the model's loss on them is lower than on new data and moves differently.
+        groups: `[n]`, which examples belong together: no group may lie in two splits either.
 
     Raises:
-        DataError: an example is repeated; says how many and in which splits.
+        DataError: an example is repeated or a group divided; says how many and in which splits.
 
     >>> splits = make_splits(50, ranges=10, selection=10, confirmation=10, test=10, seed=0)
     >>> check_disjoint(splits, training=splits.ranges)
@@ -121,6 +140,8 @@ def check_disjoint(splits: Splits, training: np.ndarray | None = None) -> None:
                     f"splits {name} and {other} share {shared.size} examples (the first is "
                     f"{shared[0]}); what chooses a plan must not judge it: make them disjoint"
                 )
+            if groups is not None:
+                _check_whole_groups(np.asarray(groups), splits, name, other)
     if training is None:
         return
     for name in SPLIT_NAMES[1:]:
@@ -133,7 +154,41 @@ def check_disjoint(splits: Splits, training: np.ndarray | None = None) -> None:
             )
 
 
-def _split_size(name: str, size: int | float, found: int) -> int:
+def _check_whole_groups(groups: np.ndarray, splits: Splits, name: str, other: str) -> None:
+    shared = np.intersect1d(groups[getattr(splits, name)], groups[getattr(splits, other)])
+    if shared.size:
+        raise DataError(
+            f"splits {name} and {other} share {shared.size} groups (the first is {shared[0]!r}); "
+            "examples of a group resemble each other: deal out whole groups, make_splits(groups=)"
+        )
+
+
+def _first_of_group(groups: np.ndarray, n: int, pool: np.ndarray) -> np.ndarray:
+    """Int64 `[n]`: the first example of every example's group."""
+    groups = np.asarray(groups)
+    if groups.shape != (n,):
+        raise DataError(f"groups have shape {groups.shape}; expected ({n},), one for each example")
+    _, where, number = np.unique(groups, return_index=True, return_inverse=True)
+    first = where[number]
+    outside = np.setdiff1d(np.arange(n), pool)
+    torn = np.intersect1d(first[pool], first[outside])
+    if torn.size:
+        raise DataError(
+            f"{torn.size} groups are available in part only, the first is {groups[torn[0]]!r}; "
+            "leave such groups out of available, or the rest of them is not new to the model"
+        )
+    return first
+
+
+def _members(part: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """The examples of the groups in `part`, group after group."""
+    order = np.argsort(first, kind="stable")
+    starts = np.searchsorted(first[order], part, side="left")
+    ends = np.searchsorted(first[order], part, side="right")
+    return np.concatenate([order[a:b] for a, b in zip(starts, ends, strict=True)])
+
+
+def _split_size(name: str, size: int | float, found: int, unit: str) -> int:
     if isinstance(size, float):
         if not 0.0 < size <= 1.0:
             raise DataError(f"split {name}: the fraction {size} is outside (0, 1]")
@@ -142,7 +197,7 @@ def _split_size(name: str, size: int | float, found: int) -> int:
     else:
         count = int(size)
     if count < 1:
-        raise DataError(f"split {name}: {size} of {found} examples is {count}; expected at least 1")
+        raise DataError(f"split {name}: {size} of {found} {unit} is {count}; expected at least 1")
     return count
 
 

@@ -18,7 +18,7 @@ def read_columns(
 
     Args:
         path: the file.
-        columns: names of the columns to return.
+        columns: names of the columns to return; a name may come twice.
         where: keep only the rows with these values in these columns.
 
     Returns:
@@ -27,7 +27,7 @@ def read_columns(
     Raises:
         DataError: there is no such file or column, a row has too few cells, or no row is left.
     """
-    path, where = Path(path), dict(where or {})
+    path, columns, where = Path(path), list(dict.fromkeys(columns)), dict(where or {})
     if not path.is_file():
         raise DataError(f"{path} is no file; expected a CSV table with a header line")
     with path.open(newline="", encoding="utf-8-sig") as file:

@@ -27,6 +27,7 @@ class Task:
         dataset: the examples.
         splits: which of them do what.
         training: indices of the examples the model was trained on, where they are known.
+        unit: of the loss.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Task:
     dataset: Dataset
     splits: Splits
     training: np.ndarray | None = None
+    unit: str = "nats"
 
     def load_params(self) -> Any:
         """The parameters; trains or loads them if need be."""

@@ -82,6 +82,7 @@ def controls(
     groups: Any = None,
     seed: int = 0,
     compare: Sequence[str] = ("int8", "int4"),
+    unit: str = "nats",
     simulation: SimulatedModel | None = None,
     progress: Progress = silent,
 ) -> tuple[Control, ...]:
@@ -101,6 +102,7 @@ def controls(
       groups: [N], which held-out examples belong together; None for none.
       seed: of the random directions.
       compare: formats of the uniform plans.
+      unit: of the loss.
       simulation: of the same model, where there is one already; saves a compilation.
       progress: see `jaxrmils.progress`.
 
@@ -126,7 +128,11 @@ def controls(
     for job in progress(jobs, "measuring controls", len(jobs)):
         row = job()
         test = noninferiority(
-            row.measured.loss - base.loss, margin=margin, alpha=alpha, groups=groups
+            row.measured.loss - base.loss,
+            margin=margin,
+            alpha=alpha,
+            groups=groups,
+            identical=row.is_float,
         )
         found.append(
             Control(
@@ -134,7 +140,7 @@ def controls(
                 kind=row.kind,
                 size_bits=row.size_bits,
                 test=test,
-                verdict=verdict_words(test),
+                verdict=verdict_words(test, unit=unit),
                 accuracy_difference=_accuracy(base, row.measured),
                 note=row.note,
             )
@@ -174,6 +180,7 @@ class _Row:
     size_bits: int
     measured: Measured
     note: str = ""
+    is_float: bool = False  # the float model itself, by construction
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +260,7 @@ class _Bench:
     def this_plan(self) -> _Row:
         note = f"no temperatures: {self.unfit}" if self.unfit else ""
         size = self.table.size_bits(self.plan.formats())
-        return _Row(THIS_PLAN, THIS_PLAN, size, self.measured_plan, note)
+        return _Row(THIS_PLAN, THIS_PLAN, size, self.measured_plan, note, self.plan.is_float)
 
     def other_plan(self, name: str, kind: Kind, plan: Plan) -> _Row:
         size = self.table.size_bits(plan.formats())

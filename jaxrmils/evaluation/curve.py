@@ -10,7 +10,7 @@ import numpy as np
 from jaxrmils.evaluation.simulate import EvaluationError
 from jaxrmils.policies import Plan, predict
 from jaxrmils.sensitivity import Scores
-from jaxrmils.statistics import Interval, mean_interval
+from jaxrmils.statistics import Interval, group_numbers, mean_interval
 
 _SHUFFLES = 20
 
@@ -56,8 +56,9 @@ def calibration_curve(
       A point for every size.
 
     Raises:
-      EvaluationError: fewer than two examples or groups, or a size out of range.
+      EvaluationError: fewer than two examples, or a size out of range.
       PlanError: a format of the plan was not scored.
+      StatisticsError: groups that do not fit, or fewer than two of them.
     """
     n = len(scores)
     if n < 2:
@@ -65,9 +66,7 @@ def calibration_curve(
     sizes = default_sizes(n) if sizes is None else tuple(sorted(set(sizes)))
     if not sizes or sizes[0] < 2 or sizes[-1] > n:
         raise EvaluationError(f"sizes are {sizes}; expected numbers from 2 to {n}")
-    labels = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
-    if labels.max() < 1:
-        raise EvaluationError("all selection examples are one group; a curve needs two or more")
+    labels = np.arange(n) if groups is None else group_numbers(groups, n)
     change = np.zeros(n) + sum(predict(scores, plan).values())
     sums = np.asarray(scores.gradient_sum, np.float64)
     random = np.random.default_rng(seed)

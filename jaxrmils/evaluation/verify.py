@@ -24,8 +24,10 @@ from jaxrmils.statistics import (
     AccuracyChange,
     Interval,
     NonInferiority,
+    StatisticsError,
     accuracy_change,
     default_margin,
+    group_numbers,
     mean_interval,
     noninferiority,
     verdict_words,
@@ -134,6 +136,7 @@ def verify(
     selection: Sequence[tuple[Any, Any]] | None = None,
     selection_groups: Any = None,
     compare: Sequence[str] = ("int8", "int4"),
+    unit: str = "nats",
     seed: int = 0,
     progress: Progress = silent,
 ) -> Report:
@@ -150,8 +153,9 @@ def verify(
         attribution, no controls).
       scores: to show the predictions beside the measurement.
       curvature: of the selection data, to show second-order terms beside them.
-      margin: largest mean loss change that counts as lossless; default 0.5 % of the float loss,
-        at least 0.005.
+      margin: largest mean loss change that counts as lossless; by default the one that the plan's
+        policy tested, else that of the selection data's float loss (`default_margin`), else that of
+        these examples.
       alpha: one-sided level of the test.
       groups: [N], which held-out examples belong together (one patient, one speaker), so that
         intervals are clustered; None for examples that are independent.
@@ -162,6 +166,7 @@ def verify(
         controls and the secant's prediction out.
       selection_groups: as `groups`, for the selection data.
       compare: uniform formats among the controls.
+      unit: of the loss.
       seed: of the control with random directions.
       progress: see `jaxrmils.progress`.
 
@@ -175,6 +180,9 @@ def verify(
         raise EvaluationError("the held-out data holds no batches")
     if selection and ranges is None:
         raise EvaluationError("selection data was given for the controls; they need ranges= too")
+    _check_groups("groups", groups, batches)
+    if selection:
+        _check_groups("selection_groups", selection_groups, selection)
     before = measure(
         graph,
         lambda x: graph.apply(params, x),
@@ -187,11 +195,11 @@ def verify(
         graph, model, batches, loss, progress=progress, description="measuring the integer model"
     )
     changes = after.loss - before.loss
-    _check_groups("groups", groups, len(changes))
-    if scores is not None:
-        _check_groups("selection_groups", selection_groups, len(scores))
-    margin = default_margin(float(before.loss.mean())) if margin is None else margin
-    test = noninferiority(changes, margin=margin, alpha=alpha, groups=groups)
+    if margin is None:
+        margin = _margin(model.plan, before.loss if scores is None else scores.loss, unit)
+    test = noninferiority(
+        changes, margin=margin, alpha=alpha, groups=groups, identical=model.plan.is_float
+    )
     simulated = _Simulated()
     if ranges is not None:
         simulated = _simulate(
@@ -203,11 +211,17 @@ def verify(
             layers=layers,
             points=points if attributed else 0,
             control=partial(
-                controls, margin=margin, alpha=alpha, groups=groups, seed=seed, compare=compare
+                controls,
+                margin=margin,
+                alpha=alpha,
+                groups=groups,
+                seed=seed,
+                compare=compare,
+                unit=unit,
             ),
             progress=progress,
         )
-    report = _report(graph, model, batches[0][0], before, after, test, simulated, groups)
+    report = _report(graph, model, batches[0][0], before, after, test, simulated, groups, unit)
     if curvature is not None:
         report = _with_curvature(report, curvature, model, selection_groups)
     if scores is None:
@@ -285,6 +299,7 @@ def _report(
     test: NonInferiority,
     simulated: _Simulated,
     groups: Any,
+    unit: str,
 ) -> Report:
     """The report without predictions; `inputs` is a batch to compile the integer model for."""
     agreement = code_agreement(model, inputs)
@@ -303,7 +318,7 @@ def _report(
         residual=simulated.residual,
         measured=mean_interval(after.loss - before.loss, groups=groups),
         test=test,
-        verdict=verdict_words(test),
+        verdict=verdict_words(test, unit=unit),
         float_accuracy=None if before.correct is None else float(before.correct.mean()),
         accuracy=_accuracy(before, after, test.alpha, groups),
         differing_codes=max((fraction for fraction, _ in agreement.values()), default=0.0),
@@ -335,19 +350,24 @@ def _with_curvature(
     report: Report, curvature: Curvature, model: QuantizedModel, groups: Any
 ) -> Report:
     """The report with the layers' second-order terms."""
-    _check_groups("selection_groups", groups, len(curvature))
     terms = predict_second_order(curvature, model.plan, model.sizes)
     intervals = {name: mean_interval(term, groups=groups) for name, term in terms.items()}
     rows = (replace(row, curvature=intervals.get(row.name)) for row in report.layers)
     return replace(report, layers=tuple(rows))
 
 
-def _check_groups(name: str, groups: Any, expected: int) -> None:
-    if groups is not None and np.shape(groups) != (expected,):
-        raise EvaluationError(
-            f"{name} has shape {np.shape(groups)}; expected one label for each of the {expected} "
-            "examples"
-        )
+def _check_groups(name: str, groups: Any, batches: Sequence[tuple[Any, Any]]) -> None:
+    if groups is None:
+        return
+    try:
+        group_numbers(groups, sum(len(jax.tree.leaves(x)[0]) for x, _ in batches))
+    except StatisticsError as error:
+        raise EvaluationError(f"{name}: {error}") from error
+
+
+def _margin(plan: Plan, float_loss: np.ndarray, unit: str) -> float:
+    tested = plan.policy.get("margin")
+    return default_margin(float(np.mean(float_loss)), unit=unit) if tested is None else tested
 
 
 def _accuracy(

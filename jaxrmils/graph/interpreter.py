@@ -156,6 +156,15 @@ class SiteCall:
         (result,) = compat.bind(_with_precision(self.eqn, float32=True), operands)
         return result
 
+    def bind_wide(self, *operands: Any) -> Any:
+        """The operation in float32 on operands of any float dtype, in the model's own dtype.
+
+        What an integer site does: exact products, one rounding at the end.
+        """
+        floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in operands]
+        wide = [x.astype(jnp.float32) if f else x for x, f in zip(operands, floating, strict=True)]
+        return self.bind_float32(*wide).astype(compat.abstract(self.eqn.outvars[0]).dtype)
+
     def view(self, array: Any) -> Any:
         """An array in the weight's layout (or a keepdims scale), in the operand's layout."""
         permutation = self.site.weight.permutation if self.site.weight else None

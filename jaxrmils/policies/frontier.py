@@ -76,7 +76,7 @@ def saving(table: ModelTable, name: str, layer: LayerPlan, compute: float) -> fl
     weight = layer.weight_bits if row.has_weight else layer.activation_bits
     total = sum(r.macs for r in table.layers) or 1
     work = row.macs / total * (1 - weight * layer.activation_bits / FLOAT_BITS**2)
-    return saved / table.float_bits + compute * work
+    return saved / max(table.float_bits, 1) + compute * work
 
 
 def path(

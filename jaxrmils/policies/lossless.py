@@ -14,6 +14,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxrmils.graph import Graph, ModelTable, tabulate
 from jaxrmils.numerics import Ranges, format_size
 from jaxrmils.policies.formats import PlanError
@@ -21,7 +23,7 @@ from jaxrmils.policies.plan import FLOAT_LAYER, Plan
 from jaxrmils.policies.sequence import Directions, MeasuredPlan, Search, plan_sequence
 from jaxrmils.policies.simulation import Simulation, Simulator
 from jaxrmils.progress import Progress, silent
-from jaxrmils.sensitivity import Curvature, Loss, Scores, directions, fisher
+from jaxrmils.sensitivity import Curvature, Loss, ScoreError, Scores, directions, fisher
 from jaxrmils.statistics import (
     Interval,
     NonInferiority,
@@ -80,6 +82,7 @@ def lossless(
     *,
     margin: float | None = None,
     alpha: float = 0.05,
+    unit: str = "nats",
     search: Search | None = None,
     scores: Scores | None = None,
     curvature: Curvature | None = None,
@@ -93,18 +96,21 @@ def lossless(
 ) -> Lossless:
     """The most compressed plan whose loss is shown to be no higher than the float model's.
 
-    Plans are run in simulation, which agrees with the integer model bit for bit at every site.
+    Compressed means: in size, and in `search.compute` times its work. Plans are run in simulation,
+    whose operands are the integer model's at every site, multiplied in float32.
 
     Args:
       graph: from `trace`.
       params: the float parameters.
       selection: `(inputs, targets)` batches that choose the plans.
-      confirmation: batches that test them; disjoint from selection, ranges and training data.
+      confirmation: batches that test them; of other examples, and other groups, than selection,
+        ranges and training data.
       loss: `loss(outputs, targets) -> [batch]`.
       ranges: from `calibrate`, on other data.
       margin: largest mean loss change that counts as lossless; by default 0.5 % of the float loss
-        on the selection data, at least 0.005.
+        on the selection data, and at least 0.005 if that is in nats.
       alpha: one-sided level of every test.
+      unit: of the loss.
       search: how plans are searched for.
       scores: from `score` on the selection data, for a first path and for rounding directions;
         None where the loss has no tangent (label-free losses).
@@ -123,8 +129,9 @@ def lossless(
 
     Raises:
       PlanError: unknown format or pattern, nothing to quantize, ranges of another model.
-      ScoreError: no data, targets that do not fit, a loss that is not finite.
-      ValueError: `margin` or `alpha` out of range.
+      ScoreError: no data, targets that do not fit, a loss that is not finite, or the same examples
+        for selection and confirmation.
+      StatisticsError: `margin` or `alpha` out of range, or groups that do not fit.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxrmils import calibrate, trace
@@ -146,8 +153,15 @@ def lossless(
     on_selection = simulator.on(params, ranges, selection)
     # Its inputs are checked before the long part begins.
     on_confirmation = simulator.on(params, ranges, confirmation)
+    if np.array_equal(on_selection.float_loss, on_confirmation.float_loss):
+        raise ScoreError(
+            "selection and confirmation data have the same losses: the same examples would choose "
+            "the plans and judge them; pass examples that chose nothing as confirmation"
+        )
+    if scores is not None and scores.table.fingerprint != graph.fingerprint:
+        raise PlanError("the scores were made for another model; score this one")
     if margin is None:
-        margin = default_margin(float(on_selection.float_loss.mean()))
+        margin = default_margin(float(on_selection.float_loss.mean()), unit=unit)
     search = search or Search()
     settings = {
         "name": "lossless",
@@ -159,14 +173,15 @@ def lossless(
         "skip": list(skip),
         "force": dict(force or {}),
     }
-    # The options of the test, checked before the long part begins.
-    noninferiority([0.0, 0.0], margin=margin, alpha=alpha)
+    # The options of the tests, checked before the long part begins.
+    noninferiority(on_confirmation.float_loss, margin=margin, alpha=alpha, groups=groups)
     sequence = plan_sequence(
         on_selection,
         margin=margin,
         search=search,
         scores=scores,
         directions=_directions(scores, curvature) if directed else None,
+        groups=selection_groups,
         skip=skip,
         force=force,
         settings=settings,
@@ -187,7 +202,7 @@ def lossless(
         margin=margin,
         alpha=alpha,
         steps=tuple(steps),
-        words=_words(table, steps, chosen),
+        words=_words(table, steps, chosen, unit),
     )
 
 
@@ -224,32 +239,32 @@ def _step(
     return LosslessStep(measured.plan, size, mean_interval(measured.change, groups=groups), test)
 
 
-def _words(table: ModelTable, steps: Sequence[LosslessStep], chosen: int | None) -> str:
+def _words(table: ModelTable, steps: Sequence[LosslessStep], chosen: int | None, unit: str) -> str:
     """The outcome of the tests."""
 
     def size(step: LosslessStep) -> str:
-        share = 100 * step.size_bits / table.float_bits
+        share = 100 * step.size_bits / max(table.float_bits, 1)
         return f"{format_size(step.size_bits)} ({share:.1f} % of the float model)"
 
     if chosen is None:
         first = steps[0].test
         assert first is not None
         if first.lower_bound > first.margin:
-            reason = "not possible at this margin"
+            reason = "not possible at this margin with these formats"
         else:
             reason = f"no evidence either way{_needed(first)}"
         return (
             f"every layer stays float: {reason}. The least compressed plan, {size(steps[0])}, on "
-            f"confirmation data: {verdict_words(first)}"
+            f"confirmation data: {verdict_words(first, unit=unit)}"
         )
     step = steps[chosen]
     assert step.test is not None
-    words = f"{size(step)}, on confirmation data: {verdict_words(step.test)}"
+    words = f"{size(step)}, on confirmation data: {verdict_words(step.test, unit=unit)}"
     if chosen + 1 == len(steps):
         return f"{words}. It is the most compressed plan of the sequence"
     stopped = steps[chosen + 1]
     assert stopped.test is not None
-    return f"{words}. The next plan, {size(stopped)}: {verdict_words(stopped.test)}"
+    return f"{words}. The next plan, {size(stopped)}: {verdict_words(stopped.test, unit=unit)}"
 
 
 def _needed(test: NonInferiority) -> str:

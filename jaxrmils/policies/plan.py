@@ -69,6 +69,11 @@ class Plan:
         """Per layer (weight bits, activation bits), as `ModelTable.size_bits` reads them."""
         return {n: (p.weight_bits, p.activation_bits) for n, p in self.layers.items()}
 
+    @property
+    def is_float(self) -> bool:
+        """True if nothing in the model is quantized."""
+        return all(layer.is_float for layer in self.layers.values())
+
     def counts(self) -> dict[str, int]:
         """How many layers have each format."""
         result: dict[str, int] = {}

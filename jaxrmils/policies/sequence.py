@@ -28,6 +28,7 @@ from jaxrmils.policies.plan import FLOAT_LAYER, LayerPlan, Plan, layer_predictio
 from jaxrmils.policies.simulation import Simulation
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import ScoreError, Scores
+from jaxrmils.statistics import group_numbers, pseudo_values
 
 Directions = Mapping[int, Mapping[str, Sequence[Rounding]]]
 """Per width, per site, the rounding direction proposed for each activation operand."""
@@ -74,11 +75,13 @@ class MeasuredPlan:
       plan: the plan.
       saving: what it saves, see `frontier.saving`.
       change: float64 [N], quantized minus float loss.
+      standard_error: of their mean, clustered where there are groups.
     """
 
     plan: Plan
     saving: float
     change: np.ndarray
+    standard_error: float
 
     def bound(self, errors: float) -> float:
         """The mean change plus this many standard errors; a gain counts as no change.
@@ -86,7 +89,7 @@ class MeasuredPlan:
         On the data that chose the plan, a gain is mostly luck: if it counted, plans that were
         lucky would push aside mild ones that are safe.
         """
-        return max(float(self.change.mean()), 0.0) + errors * _standard_error(self.change)
+        return max(float(self.change.mean()), 0.0) + errors * self.standard_error
 
 
 def plan_sequence(
@@ -96,6 +99,7 @@ def plan_sequence(
     search: Search | None = None,
     scores: Scores | None = None,
     directions: Directions | None = None,
+    groups: Any = None,
     skip: Sequence[str] = (),
     force: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -109,6 +113,7 @@ def plan_sequence(
       search: how to search.
       scores: of the same data, for a first path; None where the loss has no tangent.
       directions: roundings that may be chosen besides nearest.
+      groups: [N], the group of each example; standard errors are clustered by them.
       skip: globs of layers that stay float.
       force: format by glob.
       settings: what the plans say of their policy.
@@ -131,7 +136,12 @@ def plan_sequence(
     }
     if all(len(choices) == 1 and choices[0].layer.is_float for choices in options.values()):
         raise PlanError("every layer is skipped or can't be quantized; nothing is left to plan")
-    state = _State(simulation, table, options, margin, search, dict(settings or {}), {}, {})
+    size = simulation.float_loss.size
+    if size < 2:
+        raise ScoreError(f"the selection data holds {size} example; 2 or more are needed")
+    numbers = None if groups is None else group_numbers(groups, size)
+    settings = dict(settings or {})
+    state = _State(simulation, table, options, margin, search, settings, numbers, {}, {})
     if scores is not None:
         state.start_from(scores)
         state.refine()
@@ -156,6 +166,7 @@ class _State:
     margin: float
     search: Search
     settings: Mapping[str, Any]
+    groups: np.ndarray | None
     estimates: dict[tuple[str, int], Estimate]
     measured: dict[Choice, MeasuredPlan]
 
@@ -171,8 +182,14 @@ class _State:
             choices[index].saving
             for choices, index in zip(self.options.values(), choice, strict=True)
         )
-        self.measured[choice] = MeasuredPlan(self.plan(choice), gain, change)
+        error = self.estimate(change).standard_error
+        self.measured[choice] = MeasuredPlan(self.plan(choice), gain, change, error)
         return self.measured[choice]
+
+    def estimate(self, values: np.ndarray) -> Estimate:
+        """Mean and standard error of per-example numbers."""
+        units = values if self.groups is None else pseudo_values(values, self.groups)
+        return Estimate(float(values.mean()), float(units.std(ddof=1)) / math.sqrt(units.size))
 
     def measure(self, choice: Choice) -> MeasuredPlan:
         if choice not in self.measured:
@@ -190,7 +207,7 @@ class _State:
                 if not option.layer.is_float:
                     share = layer_prediction(scores, name, option.layer)
                     share = share + 0.5 * np.mean(share**2)
-                    self.estimates[name, index] = _estimate(share)
+                    self.estimates[name, index] = self.estimate(share)
 
     def attribute(self, choice: Choice) -> None:
         """Replaces the estimates of a plan's options by their shares in the joint change."""
@@ -198,7 +215,7 @@ class _State:
         self.record(choice, found.change)
         for (name, choices), index in zip(self.options.items(), choice, strict=True):
             if not choices[index].layer.is_float:
-                self.estimates[name, index] = _estimate(found.layers[name])
+                self.estimates[name, index] = self.estimate(found.layers[name])
 
     def anchors(self, directions: Directions | None) -> list[Choice]:
         """Every format everywhere, to nearest and with the proposed roundings."""
@@ -211,7 +228,12 @@ class _State:
                     layers = [option.layer for option in self.options[row.name]]
                     choice.append(layers.index(layer) if layer in layers else 0)
                 found.append(tuple(choice))
-        return list(dict.fromkeys(choice for choice in found if any(choice)))
+        return [choice for choice in dict.fromkeys(found) if self.quantizes(choice)]
+
+    def quantizes(self, choice: Choice) -> bool:
+        """Is anything of the plan not float?"""
+        chosen = zip(self.options.values(), choice, strict=True)
+        return any(not choices[index].layer.is_float for choices, index in chosen)
 
     def path(self) -> list[Choice]:
         costs = {
@@ -309,16 +331,6 @@ def _in_format(row: LayerRow, name: str, directions: Directions | None) -> Layer
         by_site[a.site][a.position] if a.site in by_site else "nearest" for a in row.activations
     )
     return LayerPlan(weight, activation, rounding)
-
-
-def _estimate(share: np.ndarray) -> Estimate:
-    return Estimate(float(share.mean()), _standard_error(share))
-
-
-def _standard_error(values: np.ndarray) -> float:
-    if values.size < 2:
-        raise ScoreError(f"the selection data holds {values.size} example; 2 or more are needed")
-    return float(values.std(ddof=1)) / math.sqrt(values.size)
 
 
 def _frontier(measured: Any, margin: float, search: Search) -> list[MeasuredPlan]:

@@ -99,6 +99,16 @@ def label_free(kind: LabelFree = "kl") -> Loss:
 
     def loss(outputs: Any, targets: Any) -> Any:
         def one(output: Any, target: Any) -> Any:
+            if output.shape != target.shape:
+                raise ScoreError(
+                    f"outputs have shape {output.shape} but targets {target.shape}; the targets of "
+                    "a label-free loss are the float model's outputs (with_float_outputs)"
+                )
+            if kind == "kl" and (output.ndim < 2 or output.shape[-1] < 2):
+                raise ScoreError(
+                    f"KL divergence needs the logits of 2 or more classes; found outputs of shape "
+                    f"{output.shape}: use 'squared'"
+                )
             if output.ndim < 2:
                 output, target = output[:, None], target[:, None]
             values = each(output, target)
@@ -124,7 +134,8 @@ def per_sequence(token_loss: Callable[[Any, Any], Any], *, tokens: float) -> Los
 
     Returns:
       `loss(outputs, targets) -> [batch]`, where targets are a dict with "targets" for `token_loss`
-      and "weights" [batch, tokens]: 0 for tokens that don't count, whose loss may be NaN.
+      and "weights" [batch, tokens]: 0 for tokens that don't count. Their loss may be NaN, as that
+      of a label of -100, but not its derivative: 0 times NaN is NaN.
 
     Raises:
       ScoreError: `tokens` is not positive.
@@ -145,9 +156,8 @@ def per_sequence(token_loss: Callable[[Any, Any], Any], *, tokens: float) -> Los
                 f"the token loss has shape {values.shape} but weights have {weights.shape}"
             )
         counts = weights > 0
-        # Twice, so that a masked NaN reaches neither the sum nor its derivative.
         values = jnp.where(counts, values, jnp.zeros_like(values))
-        products = jnp.where(counts, values * weights.astype(values.dtype), jnp.zeros_like(values))
+        products = values * jnp.where(counts, weights, 0).astype(values.dtype)
         return jnp.sum(products.reshape(products.shape[0], -1), axis=1) / tokens
 
     return loss

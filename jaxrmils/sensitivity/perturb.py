@@ -20,7 +20,7 @@ from jaxrmils.sensitivity.candidates import (
     WEIGHT_CANDIDATES,
     Candidate,
 )
-from jaxrmils.sensitivity.tangent import Loss, check_ranges, weight_noise
+from jaxrmils.sensitivity.tangent import Loss, ScoreError, check_ranges, weight_noise
 
 FLOAT = 0  # a switch in this position leaves its operand alone; k + 1 is candidate k
 
@@ -58,7 +58,7 @@ def perturbed_losses(
       float32 [batch].
 
     Raises:
-      ScoreError: the ranges are another model's.
+      ScoreError: the ranges are another model's, or the loss is not per example.
     """
     check_ranges(graph, ranges)
     if noise is None:
@@ -69,7 +69,7 @@ def perturbed_losses(
         for position, index in enumerate(site.activations):
             if site.name in activation_switches:
                 operands[index] = switched_quant(
-                    operands[index],
+                    operands[index].astype(jnp.float32),
                     [call.state[position][c.bits] for c in activation_candidates],
                     [c.rounding for c in activation_candidates],
                     activation_switches[site.name][position],
@@ -78,13 +78,18 @@ def perturbed_losses(
             index = site.weight.operand
             switch = weight_switches[site.weight.name]
             delta = switched_noise([call.view(delta) for delta in call.weight], switch)
-            weight = operands[index]
-            operands[index] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)
-        return call.bind_highest(*operands), None
+            operands[index] = operands[index].astype(jnp.float32) + delta
+        return call.bind_wide(*operands), None
 
     leaves = jax.tree.leaves(params)
     outputs, _ = interpret(graph, handler, leaves, inputs, weights=noise, state=ranges.grids)
-    return loss(outputs, targets).astype(jnp.float32)
+    losses, count = loss(outputs, targets), jax.tree.leaves(inputs)[0].shape[0]
+    if jnp.shape(losses)[:1] != (count,):
+        raise ScoreError(
+            f"loss returned shape {jnp.shape(losses)} for {count} examples; one value for every "
+            f"example was expected, shape ({count},). Do not average over the batch."
+        )
+    return losses.astype(jnp.float32)
 
 
 def switched_noise(deltas: Sequence[Any], switch: Any) -> Any:

@@ -232,7 +232,7 @@ def _multipliers(graph: Graph, formats: Formats) -> dict[str, dict[str, Any]]:
 
 def _float(call: SiteCall) -> tuple[Any, Any]:
     """The float network."""
-    return call.bind_highest(*call.operands()), None
+    return call.bind_wide(*call.operands()), None
 
 
 def _quantize(formats: Formats, call: SiteCall) -> tuple[Any, Any]:
@@ -250,7 +250,7 @@ def _quantize(formats: Formats, call: SiteCall) -> tuple[Any, Any]:
     if site.weight is not None and site.weight.name in formats.weights:
         index = site.weight.operand
         operands[index] = _plus(operands[index], call.view(call.weight))
-    return call.bind_highest(*operands), record or None
+    return call.bind_wide(*operands), record or None
 
 
 def _eps(x: Any, grids: Mapping[int, Any], candidate: Any) -> Any:
@@ -278,16 +278,16 @@ def _path(
         scale = t + multipliers["activations"][site.name][position]
         operands[index] = _plus(operands[index], scale * call.step[position])
     if site.weight is None or site.weight.name not in formats.weights:
-        return call.bind_highest(*operands), None
+        return call.bind_wide(*operands), None
     index, delta = site.weight.operand, call.view(call.weight)
     operands[index] = _plus(operands[index], t * delta)
-    result = call.bind_highest(*operands)
+    result = call.bind_wide(*operands)
     # The integrand's weight term: the derivative with respect to the operand is not wanted here.
     other = jax.lax.stop_gradient(operands[1 - index])
     share = multipliers["weights"][site.name] * float32_operation(call)(other, delta)
-    return _plus(result, share), None
+    return (result.astype(jnp.float32) + share).astype(result.dtype), None
 
 
 def _plus(x: Any, change: Any) -> Any:
-    """x + change in float32, in the dtype of x."""
-    return (x.astype(jnp.float32) + change).astype(x.dtype)
+    """x + change in float32, whatever the dtype of x."""
+    return x.astype(jnp.float32) + change

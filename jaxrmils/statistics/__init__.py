@@ -2,6 +2,9 @@
 
 from jaxrmils.statistics.accuracy import AccuracyChange as AccuracyChange
 from jaxrmils.statistics.accuracy import accuracy_change as accuracy_change
+from jaxrmils.statistics.clusters import group_numbers as group_numbers
+from jaxrmils.statistics.clusters import pseudo_values as pseudo_values
+from jaxrmils.statistics.errors import StatisticsError as StatisticsError
 from jaxrmils.statistics.intervals import METHODS as METHODS
 from jaxrmils.statistics.intervals import Interval as Interval
 from jaxrmils.statistics.intervals import Method as Method

@@ -19,6 +19,7 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from jaxrmils.statistics.clusters import group_numbers, pseudo_values
+from jaxrmils.statistics.errors import StatisticsError
 
 AccuracyTest = Literal["McNemar, exact", "sign flips of groups, exact"]
 
@@ -78,7 +79,7 @@ def accuracy_change(
         Counts, difference of accuracies, p-value (1 where no example differs) and bound.
 
     Raises:
-        ValueError: the arrays are empty, not boolean, or not one-dimensional of equal length,
+        StatisticsError: the arrays are empty, not boolean, or not one-dimensional of equal length,
             `alpha` is out of range, or groups do not fit or are fewer than 2.
 
     >>> change = accuracy_change([True, True, False, True], [True, False, True, False])
@@ -87,14 +88,14 @@ def accuracy_change(
     """
     before, after = np.asarray(float_correct), np.asarray(quantized_correct)
     if before.dtype != np.bool_ or after.dtype != np.bool_:
-        raise ValueError(f"expected boolean arrays; found {before.dtype} and {after.dtype}")
+        raise StatisticsError(f"expected boolean arrays; found {before.dtype} and {after.dtype}")
     if before.ndim != 1 or before.shape != after.shape or before.size == 0:
-        raise ValueError(
+        raise StatisticsError(
             f"expected two arrays [n] of the same examples; found shapes {before.shape} and "
             f"{after.shape}"
         )
     if not 0.0 < alpha < 0.5:
-        raise ValueError(f"alpha is {alpha}; expected between 0 and 0.5, such as 0.05")
+        raise StatisticsError(f"alpha is {alpha}; expected between 0 and 0.5, such as 0.05")
     net = after.astype(np.int64) - before
     gained, lost, n = int(np.sum(net > 0)), int(np.sum(net < 0)), net.size
     counts = (gained, lost, n, (gained - lost) / n)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxrmils.statistics.errors import StatisticsError
+
 
 def group_numbers(groups: Any, n: int) -> np.ndarray:
     """Numbers 0, 1, ... for the groups, in order of first appearance.
@@ -27,7 +29,7 @@ def group_numbers(groups: Any, n: int) -> np.ndarray:
         int64 `[n]`.
 
     Raises:
-        ValueError: not one group per example, fewer than 2 groups, or groups that are NaN.
+        StatisticsError: not one group per example, fewer than 2 groups, or groups that are NaN.
 
     >>> group_numbers(["b", "a", "b"], 3).tolist()
     [0, 1, 0]
@@ -36,15 +38,17 @@ def group_numbers(groups: Any, n: int) -> np.ndarray:
     entries = np.asarray(groups) if hasattr(groups, "dtype") else list(groups)
     shape = entries.shape if isinstance(entries, np.ndarray) else (len(entries),)
     if shape != (n,):
-        raise ValueError(f"groups has shape {shape}; expected ({n},), one group per example")
+        raise StatisticsError(f"groups has shape {shape}; expected ({n},), one group per example")
     numbers: dict[Any, int] = {}
     if isinstance(entries, np.ndarray):
         entries = entries.tolist()
     found = np.array([numbers.setdefault(entry, len(numbers)) for entry in entries], np.int64)
     if any(entry != entry for entry in numbers):
-        raise ValueError("some groups are NaN; expected an integer or a name for every example")
+        raise StatisticsError(
+            "some groups are NaN; expected an integer or a name for every example"
+        )
     if len(numbers) < 2:
-        raise ValueError(
+        raise StatisticsError(
             f"all {n} examples are in one group; a confidence bound needs at least 2 groups"
         )
     return found

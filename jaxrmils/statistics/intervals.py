@@ -38,6 +38,7 @@ from scipy import special
 
 from jaxrmils.statistics.bootstrap import studentized_quantiles
 from jaxrmils.statistics.clusters import group_numbers, pseudo_values
+from jaxrmils.statistics.errors import StatisticsError
 
 Method = Literal["guarded", "skewness-adjusted", "hall", "t", "bootstrap"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -93,7 +94,7 @@ def mean_interval(
         The interval, in the unit of the changes. Changes that are all equal give a point.
 
     Raises:
-        ValueError: fewer than 2 changes, NaN or infinity among them, groups that do not fit or
+        StatisticsError: fewer than 2 changes, NaN or infinity among them, groups that do not fit or
             fewer than 2 of them, or a level or method that does not exist.
 
     >>> interval = mean_interval([0.0, 0.0, 0.0, 1.0], method="t")
@@ -105,7 +106,7 @@ def mean_interval(
     """
     changes = checked_changes(changes)
     if not 0.0 < level < 1.0:
-        raise ValueError(f"level is {level}; expected between 0 and 1, such as 0.95")
+        raise StatisticsError(f"level is {level}; expected between 0 and 1, such as 0.95")
     units = independent_units(changes, groups)
     mean, error = mean_and_error(units)
     lower, upper = (float(end) for end in bounds(units, (1.0 - level) / 2.0, method))
@@ -125,15 +126,15 @@ def bounds(values: np.ndarray, tail: float, method: Method) -> tuple[np.ndarray,
         The bounds, float64 `[...]`; of `[n]` equal values, that value twice.
 
     Raises:
-        ValueError: there is no such method, or one of several rows holds equal values alone.
+        StatisticsError: there is no such method, or one of several rows holds equal values alone.
     """
     if method not in METHODS:
-        raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+        raise StatisticsError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
     n = values.shape[-1]
     if (np.ptp(values, axis=-1) == 0.0).any():
         if values.ndim == 1:
             return values[0], values[0]
-        raise ValueError("a row holds equal values alone; bound it by itself")
+        raise StatisticsError("a row holds equal values alone; bound it by itself")
     mean, deviation = values.mean(axis=-1), values.std(axis=-1, ddof=1)
     error = deviation / math.sqrt(n)
     t = np.full(mean.shape, float(special.stdtrit(n - 1, 1.0 - tail)))
@@ -170,16 +171,18 @@ def checked_changes(changes: Any) -> np.ndarray:
     """The changes as float64 `[n]`.
 
     Raises:
-        ValueError: another shape, fewer than 2, or NaN or infinity among them.
+        StatisticsError: another shape, fewer than 2, or NaN or infinity among them.
     """
     changes = np.asarray(changes, dtype=np.float64)
     if changes.ndim != 1:
-        raise ValueError(f"changes must be one number per example; found shape {changes.shape}")
+        raise StatisticsError(
+            f"changes must be one number per example; found shape {changes.shape}"
+        )
     if changes.size < 2:
-        raise ValueError(f"a confidence bound needs at least 2 examples; found {changes.size}")
+        raise StatisticsError(f"a confidence bound needs at least 2 examples; found {changes.size}")
     broken = np.flatnonzero(~np.isfinite(changes))
     if broken.size:
-        raise ValueError(
+        raise StatisticsError(
             f"{broken.size} of {changes.size} changes are NaN or infinite, the first at example "
             f"{broken[0]}; one of the two models has a broken loss there"
         )

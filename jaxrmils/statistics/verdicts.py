@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from jaxrmils.statistics.errors import StatisticsError
 from jaxrmils.statistics.intervals import (
     Method,
     bounds,
@@ -38,7 +39,7 @@ class NonInferiority:
         alpha: chance of passing a plan whose mean change is the margin.
         n: examples.
         method: of the bounds that decide.
-        passed: `upper_bound < margin`.
+        passed: `upper_bound < margin`, and the changes are not all equal.
         needed_n: roughly how many examples would decide the question in one direction or the
             other; `None` where the mean is the margin, or so near that 10^15 would not tell.
         groups: number of groups of dependent examples; `None` where each stands for itself.
@@ -67,6 +68,7 @@ def noninferiority(
     alpha: float = 0.05,
     method: Method = "guarded",
     groups: Any = None,
+    identical: bool = False,
 ) -> NonInferiority:
     """Test that the mean change is below `margin`, by its one-sided upper confidence bound.
 
@@ -80,13 +82,17 @@ def noninferiority(
         method: of the bound that decides, see `mean_interval`; "t" and "bootstrap" are reported
             beside it.
         groups: `[n]` of any hashable values; examples of one group may depend on each other.
+        identical: the two models are one and the same by construction, so that changes which are
+            all zero prove it. Otherwise changes that are all equal prove nothing: of a loss that
+            changes rarely (0/1 loss), a sample may miss every change, and with none in n examples
+            the chance of one can still be 3 / n.
 
     Returns:
         The bounds, the verdict and, from the standard deviation and the distance between mean and
         margin, roughly the n that decides with a power of 80 %.
 
     Raises:
-        ValueError: as `mean_interval`, or `margin` or `alpha` out of range.
+        StatisticsError: as `mean_interval`, or `margin` or `alpha` out of range.
 
     >>> result = noninferiority([0.001, -0.002, 0.003, 0.0] * 150, margin=0.005)
     >>> print(verdict_words(result))
@@ -94,9 +100,9 @@ def noninferiority(
     """
     changes = checked_changes(changes)
     if not (math.isfinite(margin) and margin >= 0.0):
-        raise ValueError(f"margin is {margin}; expected a finite number of at least 0")
+        raise StatisticsError(f"margin is {margin}; expected a finite number of at least 0")
     if not 0.0 < alpha < 0.5:
-        raise ValueError(f"alpha is {alpha}; expected between 0 and 0.5, such as 0.05")
+        raise StatisticsError(f"alpha is {alpha}; expected between 0 and 0.5, such as 0.05")
     units = independent_units(changes, groups)
     methods: tuple[Method, ...] = (method, "t", "bootstrap")
     found = {each: _floats(bounds(units, alpha, each)) for each in dict.fromkeys(methods)}
@@ -111,7 +117,7 @@ def noninferiority(
         alpha=alpha,
         n=changes.size,
         method=method,
-        passed=upper < margin,
+        passed=upper < margin and (identical or standard_error > 0.0),
         needed_n=_needed_n(
             units, changes.size, margin, alpha, method, decided=upper < margin or lower > margin
         ),
@@ -120,21 +126,32 @@ def noninferiority(
     )
 
 
-def default_margin(float_loss: float) -> float:
-    """The margin within which a plan counts as lossless: 0.5 % of the float loss, >= 0.005 nats.
+def default_margin(float_loss: float, *, unit: str = "nats") -> float:
+    """The margin within which a plan counts as lossless: 0.5 % of the float loss.
+
+    In nats it is at least 0.005, which no reader of a model would notice. What is little in another
+    unit nobody but its user knows.
 
     Args:
-        float_loss: mean loss of the float model, in nats.
+        float_loss: mean loss of the float model.
+        unit: its unit.
 
     Raises:
-        ValueError: the loss is not a finite number.
+        StatisticsError: the loss is not a finite number, or is 0 in a unit other than nats.
 
-    >>> default_margin(2.0), default_margin(0.1)
-    (0.01, 0.005)
+    >>> default_margin(2.0), default_margin(0.1), default_margin(0.1, unit="mm2")
+    (0.01, 0.005, 0.0005)
     """
     if not math.isfinite(float_loss):
-        raise ValueError(f"the float model's loss is {float_loss}; expected a finite number")
-    return max(0.005 * float_loss, 0.005)
+        raise StatisticsError(f"the float model's loss is {float_loss}; expected a finite number")
+    if unit == "nats":
+        return max(0.005 * float_loss, 0.005)
+    if float_loss <= 0.0:
+        raise StatisticsError(
+            f"the float model's loss is {float_loss:.3g} {unit}, of which 0.5 % is no margin; set "
+            "one in that unit"
+        )
+    return 0.005 * float_loss
 
 
 def verdict_words(result: NonInferiority, *, unit: str = "nats") -> str:
@@ -171,6 +188,8 @@ def verdict_words(result: NonInferiority, *, unit: str = "nats") -> str:
     found = (
         f"(mean {result.mean:+.3g} {unit}, upper bound {result.upper_bound:+.3g}, margin {margin})"
     )
+    if result.standard_error == 0.0 and result.upper_bound < result.margin:
+        return f"no evidence either way: all changes are equal, {count} {found}"
     if result.needed_n is None:
         return f"no evidence either way: the mean change is the margin itself, {count} {found}"
     return (

@@ -1,12 +1,13 @@
 """BERT encoders in Flax Linen, with heads for span answers, classes and sentence vectors.
 
 Devlin et al., BERT, https://arxiv.org/abs/1810.04805: normalisation after every residual sum, the
-exact GELU, an additive attention mask. The original weights are read by `import_bert`
-(`bert_import.py`), and the outputs are those of the original implementation.
+exact GELU, an additive attention mask. `import_bert` reads checkpoints of Hugging Face's `Bert*`
+models and sentence-transformers, and the outputs are theirs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from jaxrmils.zoo.importing import StateDict, Variables, import_params
+from jaxrmils.zoo.training import cross_entropy
+
+# Original names to this module's; a checkpoint of the bare encoder has no `bert.`.
+TENSOR_NAMES = (
+    (r"^(embeddings|encoder|pooler)\.", r"bert.\1."),
+    (r"^bert\.pooler\.dense\.", "pooler."),
+    (r"^bert\.encoder\.layer\.(\d+)\.", r"bert.layer_\1."),
+    (r"\.attention\.self\.", ".attention."),
+    (r"\.attention\.output\.dense\.", ".attention_output."),
+    (r"\.attention\.output\.LayerNorm\.", ".attention_LayerNorm."),
+    (r"\.(intermediate|output)\.dense\.", r".\1."),
+    (r"\.output\.LayerNorm\.", ".output_LayerNorm."),
+    (r"LayerNorm\.gamma$", "LayerNorm.weight"),
+    (r"LayerNorm\.beta$", "LayerNorm.bias"),
+)
+# 0, 1, 2, ..., saved by old versions.
+POSITION_BUFFER = r"(.*\.)?embeddings\.position_ids"
+POOLER = r"(.*\.)?pooler\.dense\.(weight|bias)"
 
 
 @dataclass(frozen=True)
@@ -159,7 +180,9 @@ class BertEncoder(nn.Module):
         """
         hidden = BertEmbeddings(self.config, name="embeddings")(input_ids, token_type_ids)
         hidden_from = jnp.finfo(hidden.dtype).min
-        bias = jnp.where(attention_mask[:, None, None, :] > 0, jnp.zeros((), hidden.dtype), hidden_from)
+        bias = jnp.where(
+            attention_mask[:, None, None, :] > 0, jnp.zeros((), hidden.dtype), hidden_from
+        )
         for number in range(self.config.layers):
             hidden = BertLayer(self.config, name=f"layer_{number}")(hidden, bias)
         return hidden
@@ -245,9 +268,7 @@ class BertForClassification(nn.Module):
         elif self.features == "pooler":
             pooled = jnp.tanh(nn.Dense(self.config.hidden_size, name="pooler")(hidden[:, 0]))
         else:
-            raise ValueError(
-                f"features is {self.features!r}; expected 'pooler', 'first' or 'mean'"
-            )
+            raise ValueError(f"features is {self.features!r}; expected 'pooler', 'first' or 'mean'")
         return nn.Dense(self.num_classes, name="classifier")(pooled)
 
 
@@ -276,6 +297,53 @@ def mean_of_tokens(
     if not normalize:
         return mean
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+
+
+def import_bert(
+    state_dict: StateDict, module: nn.Module, *, rename: Sequence[tuple[str, str]] = ()
+) -> Variables:
+    """A checkpoint's tensors as the variables of one of this file's modules.
+
+    Every tensor is used once, except for the `position_ids` buffer and, where the module has no
+    pooler, the pooler's two tensors. A head that the checkpoint lacks is added by the caller:
+    `{**encoder, "classifier.weight": ..., "classifier.bias": ...}`.
+
+    Args:
+        state_dict: names to tensors, as `load_state_dict` returns them, named as in Hugging Face's
+            `BertForQuestionAnswering`, `BertForSequenceClassification` or `BertModel`; any
+            floating dtype.
+        module: a `BertForSpans`, `BertForClassification` or `BertForEmbedding`.
+        rename: `(pattern, replacement)` pairs for `re.sub` that lead to these names, where the
+            checkpoint has others: `[("^b[.]", "bert."), ("^h[.]", "qa_outputs.")]`.
+
+    Returns:
+        `{"params": ...}`, float32 NumPy arrays.
+
+    Raises:
+        WeightError: a tensor has no place, a place stays empty, or a shape differs; lists them.
+    """
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), tokens, tokens, tokens)
+    ignore = [POSITION_BUFFER] if "pooler" in shapes["params"] else [POSITION_BUFFER, POOLER]
+    return import_params(state_dict, shapes, rename=(*rename, *TENSOR_NAMES), ignore=ignore)
+
+
+def span_cross_entropy(outputs: tuple[Array, Array], targets: dict[str, Array]) -> Array:
+    """Loss in nats of each example: mean of the start's and the end's cross-entropy.
+
+    Args:
+        outputs: `(start, end)` logits, `[batch, length]` each, of `BertForSpans`.
+        targets: `{"start", "end"}`, the answer's first and last token, integers `[batch]`.
+
+    Returns:
+        `[batch]`, in the logits' dtype.
+
+    >>> logits = jnp.zeros((1, 4))
+    >>> span_cross_entropy((logits, logits), {"start": jnp.array([1]), "end": jnp.array([2])})
+    Array([1.3862944], dtype=float32)
+    """
+    start, end = outputs
+    return (cross_entropy(start, targets["start"]) + cross_entropy(end, targets["end"])) / 2
 
 
 def _layer_norm(config: BertConfig, name: str) -> nn.LayerNorm:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import safe_open
 
 StateDict = Mapping[str, Any]
 Variables = dict[str, Any]
@@ -46,22 +47,27 @@ def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         which needs PyTorch and is read with `weights_only=True`, so it cannot run code.
 
     Returns:
-      NumPy arrays in the file's dtypes (bfloat16 of a torch file becomes float32). A state dict
-      inside another dict (under "state_dict", "model_state_dict" or "model") is taken out, and the
-      prefix `module.`, where every name has it, is dropped.
+      NumPy arrays; floating tensors of a torch file become float32, others keep their dtype. A
+      state dict inside another dict (under "state_dict", "model_state_dict" or "model") is taken
+      out, and the prefix `module.`, where every name has it, is dropped.
 
     Raises:
       WeightError: the file's suffix is none of these, or what it holds is no state dict.
       ImportError: a torch file, and PyTorch is not installed.
       FileNotFoundError: there is no such file.
+
+    >>> import tempfile
+    >>> from safetensors.numpy import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"module.fc.bias": np.zeros(2)}, f"{folder}/weights.safetensors")
+    ...     load_state_dict(f"{folder}/weights.safetensors")
+    {'fc.bias': array([0., 0.])}
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
-        return plain_state_dict(load_file(path))
+        return plain_state_dict(_read_safetensors(path))
     if path.suffix in (".th", ".pt", ".pth", ".bin"):
         return plain_state_dict(_import_torch(path).load(path, "cpu", weights_only=True))
     raise WeightError(
@@ -81,11 +87,16 @@ def plain_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, np.ndarray]:
       Names to arrays; the prefix `module.` is dropped if every name has it.
 
     Raises:
-      WeightError: a value is no tensor.
+      WeightError: it is no dict, or a value is no tensor.
 
     >>> plain_state_dict({"state_dict": {"module.fc.bias": np.zeros(2)}, "epoch": 3})
     {'fc.bias': array([0., 0.])}
     """
+    if not isinstance(checkpoint, Mapping):
+        raise WeightError(
+            f"the checkpoint is a {type(checkpoint).__name__}; expected a state dict, which maps "
+            "names to tensors"
+        )
     for wrapper in WRAPPERS:
         if isinstance(checkpoint.get(wrapper), Mapping):
             return plain_state_dict(checkpoint[wrapper])
@@ -133,10 +144,10 @@ def import_params(
     Traceback (most recent call last):
     ...
     jaxrmils.zoo.importing.WeightError: the checkpoint does not fit the network
-      1 tensor of the checkpoint has no place:
+      no place for tensors of the checkpoint (1):
         fc.weights [2, 3] (near: fc.weight [2, 3])
-      1 tensor is missing:
-        fc.weight [2, 3] (near: fc.weights [2, 3], fc.bias [2])
+      missing from the checkpoint (1):
+        fc.weight [2, 3] (near: fc.weights [2, 3])
     """
     places = _places(shapes)
     tensors: dict[str, np.ndarray] = {}
@@ -164,17 +175,19 @@ class _Place:
 def _places(shapes: Any) -> dict[str, _Place]:
     """Every leaf of the variables, by the name that its tensor has in a checkpoint."""
     places: dict[str, _Place] = {}
-    for path, leaf in flatten_dict(shapes).items():
-        collection, *modules, last = path
-        name = ".".join((*modules, LEAF_NAMES.get((collection, last), last)))
+    leaves: Any = flatten_dict(shapes)
+    for path, leaf in leaves.items():
+        last: str = path[-1]
+        name = ".".join((*path[1:-1], LEAF_NAMES.get((path[0], last), last)))
         if name in places:
             raise WeightError(
                 f"{'/'.join(places[name].path)} and {'/'.join(path)} would both take the tensor "
                 f"{name}; import such a module by hand"
             )
         shape = tuple(leaf.shape)
-        places[name] = _Place(path, (shape[-1:] + shape[-2:-1] + shape[:-2])
-                              if last == "kernel" else shape)
+        places[name] = _Place(
+            path, (shape[-1:] + shape[-2:-1] + shape[:-2]) if last == "kernel" else shape
+        )
     return places
 
 
@@ -200,44 +213,46 @@ def _check(
     left_over = [name for name in known if name not in expected]
     missing = [name for name in expected if name not in known]
     both = [name for name in known if name in expected]
-    complaints = {
-        ("tensor of the checkpoint has no place", "tensors of the checkpoint have no place"): [
-            _with_near(name, known[name], {n: expected[n] for n in (missing or expected)})
-            for name in left_over
-        ],
-        ("tensor is missing", "tensors are missing"): [
-            _with_near(name, expected[name], {n: known[n] for n in (left_over or known)})
-            for name in missing
-        ],
-        ("tensor has another shape", "tensors have another shape"): [
-            f"{name} {list(known[name])}, expected {list(expected[name])}"
-            for name in both
-            if known[name] != expected[name]
-        ],
-        ("tensor has the name of another", "tensors have the name of another"): twice,
-        ("tensor is not floating point", "tensors are not floating point"): [
-            f"{name} {tensors[name].dtype}" for name in both if not _is_float(tensors[name])
-        ],
-        ("tensor holds NaN or infinity", "tensors hold NaN or infinity"): [
-            name for name in both if _is_float(tensors[name]) and not _is_finite(tensors[name])
-        ],
-    }
-    lines = [line for words, found in complaints.items() for line in _listed(words, found)]
+    floats = {name: tensors[name] for name in both if _is_float(tensors[name])}
+    lines = [
+        *_listed(
+            "no place for tensors of the checkpoint",
+            left_over,
+            lambda n: _with_near(n, known[n], {m: expected[m] for m in missing or expected}),
+        ),
+        *_listed(
+            "missing from the checkpoint",
+            missing,
+            lambda n: _with_near(n, expected[n], {m: known[m] for m in left_over or known}),
+        ),
+        *_listed(
+            "of another shape",
+            [name for name in both if known[name] != expected[name]],
+            lambda n: f"{n} {list(known[n])}, expected {list(expected[n])}",
+        ),
+        *_listed("of the same name after renaming", twice),
+        *_listed(
+            "not floating point",
+            [name for name in both if name not in floats],
+            lambda n: f"{n} {tensors[n].dtype}",
+        ),
+        *_listed("with NaN or infinity", [n for n, array in floats.items() if not _finite(array)]),
+    ]
     if lines:
         raise WeightError("\n".join(["the checkpoint does not fit the network", *lines]))
 
 
-def _listed(words: tuple[str, str], found: Sequence[str]) -> Iterable[str]:
-    if found:
-        yield f"  {len(found)} {words[len(found) > 1]}:"
-        yield from (f"    {line}" for line in found[:LISTED])
-    if len(found) > LISTED:
-        yield f"    and {len(found) - LISTED} more"
+def _listed(
+    heading: str, names: Sequence[str], describe: Callable[[str], str] = str
+) -> Iterable[str]:
+    if names:
+        yield f"  {heading} ({len(names)}):"
+        yield from (f"    {describe(name)}" for name in names[:LISTED])
+    if len(names) > LISTED:
+        yield f"    and {len(names) - LISTED} more"
 
 
-def _with_near(
-    name: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, ...]]
-) -> str:
+def _with_near(name: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, ...]]) -> str:
     """`name [shape] (near: ...)`, the nearest names first among those of the same shape."""
     near = get_close_matches(name, others, n=2, cutoff=0.7)
     near.sort(key=lambda other: others[other] != shape)
@@ -250,7 +265,7 @@ def _is_float(array: np.ndarray) -> bool:
     return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
 
-def _is_finite(array: np.ndarray) -> bool:
+def _finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array.astype(np.float32)).all())
 
 
@@ -267,9 +282,20 @@ def _as_numpy(name: str, value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    # safetensors' NumPy reader knows no bfloat16; its JAX reader would cut int64 to int32.
+    with safe_open(path, "np") as file, safe_open(path, "flax") as jax_file:
+        return {
+            name: np.asarray(
+                (jax_file if file.get_slice(name).get_dtype() == "BF16" else file).get_tensor(name)
+            )
+            for name in file.keys()  # noqa: SIM118
+        }
+
+
 def _import_torch(path: Path) -> Any:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             f"{path.name} is a torch file and reading it needs PyTorch, which is not installed; "

@@ -88,6 +88,8 @@ def test_without_labels(folder, capsys):
     assert "leave out --no-float" in " ".join(capsys.readouterr().err.split())
     assert main([*arguments, "--config.loss=kl"]) == USAGE
     assert "tangent is zero" in " ".join(capsys.readouterr().err.split())
+    assert main([*arguments, *lossless, "--config.loss=squared"]) == USAGE
+    assert "set verify.margin" in " ".join(capsys.readouterr().err.split())
 
 
 def test_quantize_prints_the_table_and_the_verdict(folder, capsys):

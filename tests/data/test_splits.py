@@ -103,3 +103,57 @@ def test_training_data_never_give_a_verdict(name):
 def test_training_data_may_give_ranges():
     splits = make_splits(100, **SIZES, seed=0)
     check_disjoint(splits, training=splits.ranges)
+
+
+@given(
+    group_sizes=st.lists(st.integers(1, 6), min_size=10, max_size=30),
+    seed=st.integers(0, 2**32 - 1),
+    named=st.booleans(),
+)
+def test_groups_are_dealt_out_whole(group_sizes, seed, named):
+    numbers = np.repeat(np.arange(len(group_sizes)), group_sizes)
+    # Examples of a group need not be neighbours.
+    numbers = np.random.default_rng(seed).permutation(numbers)
+    groups = np.array([f"speaker {number}" for number in numbers]) if named else numbers
+    asked = {"ranges": 1, "selection": 2, "confirmation": 3, "test": 4}
+    splits = make_splits(len(groups), **asked, seed=seed, groups=groups)
+    check_disjoint(splits, groups=groups)
+    for name, count in asked.items():
+        chosen = getattr(splits, name)
+        members = np.isin(groups, groups[chosen])
+        assert np.unique(groups[chosen]).size == count
+        np.testing.assert_array_equal(np.sort(chosen), np.flatnonzero(members))
+    again = make_splits(len(groups), **asked, seed=seed, groups=groups)
+    assert again.fingerprint == splits.fingerprint
+
+
+def test_fractions_are_of_the_available_groups():
+    groups = np.arange(120) // 3
+    available = np.flatnonzero(groups >= 10)
+    splits = make_splits(
+        120,
+        ranges=0.1,
+        selection=0.2,
+        confirmation=0.3,
+        test=0.4,
+        seed=0,
+        available=available,
+        groups=groups,
+    )
+    assert [getattr(splits, name).size // 3 for name in SPLIT_NAMES] == [3, 6, 9, 12]
+    assert np.isin(all_indices(splits), available).all()
+
+
+def test_bad_groups():
+    groups = np.arange(100) // 2
+    with pytest.raises(DataError, match=r"need 100 groups \(ranges 10, .* 50 were found"):
+        make_splits(100, **SIZES, seed=0, groups=groups)
+    with pytest.raises(DataError, match=r"groups have shape \(99,\); expected \(100,\)"):
+        make_splits(100, **SIZES, seed=0, groups=groups[:99])
+    ones = dict.fromkeys(SPLIT_NAMES, 1)
+    with pytest.raises(DataError, match=r"1 groups are available in part only, the first is .*6"):
+        make_splits(100, **ones, seed=0, groups=groups, available=np.arange(13))
+    with pytest.raises(
+        DataError, match=r"share \d+ groups \(the first is .* deal out whole groups"
+    ):
+        check_disjoint(make_splits(100, **SIZES, seed=0), groups=groups)

@@ -9,7 +9,7 @@ from stages import scored
 import jaxrmils as jr
 from jaxrmils.evaluation import EvaluationError, calibration_curve
 from jaxrmils.policies import predict
-from jaxrmils.statistics import mean_interval
+from jaxrmils.statistics import StatisticsError, mean_interval
 
 N = 400
 
@@ -78,5 +78,5 @@ def test_bad_sizes_are_refused(given):
         calibration_curve(scores, plan, sizes=(1, 50))
     with pytest.raises(EvaluationError, match="two or more"):
         calibration_curve(made(loss=np.ones(1, np.float32)), plan)
-    with pytest.raises(EvaluationError, match="one group"):
+    with pytest.raises(StatisticsError, match="one group"):
         calibration_curve(scores, plan, groups=np.zeros(N, int))

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import random
+from stages import scored
 
 import jaxrmils as jr
 from jaxrmils.policies import PlanError, Search, Simulator, lossless, steps_of
@@ -97,6 +98,16 @@ def test_the_margin_is_set_by_the_selection_data():
     assert found.margin == pytest.approx(expected, rel=1e-5)
 
 
+def test_another_unit_has_another_default_margin():
+    graph, params, selection, confirmation, ranges = setup()
+    arguments = (graph, params, selection, confirmation, squares, ranges)
+    found = lossless(*arguments, unit="mm2", search=Search(("w8a8",), rounds=0))
+    ((x, y),) = selection
+    expected = 0.005 * float(np.mean(squares(apply(params, x), y)))
+    assert found.margin == pytest.approx(expected, rel=1e-5)
+    assert "mm2" in found.words and "nats" not in found.words
+
+
 def test_groups_widen_the_bounds_of_dependent_examples():
     alone = run(0.05).steps[0].test
     # Every example three times: no more evidence than one.
@@ -130,5 +141,11 @@ def test_bad_input_is_refused():
     graph, params, selection, _, ranges = setup()
     with pytest.raises(ScoreError, match="no batches"):
         lossless(graph, params, selection, [], squares, ranges)
+    with pytest.raises(ScoreError, match="the same examples"):
+        lossless(graph, params, selection, selection, squares, ranges)
+    with pytest.raises(ValueError, match=r"groups has shape \(3,\)"):
+        run(0.1, groups=np.arange(3))
+    with pytest.raises(PlanError, match="made for another model"):
+        run(0.1, scores=scored("plain"))
     with pytest.raises(PlanError, match="another graph or loss"):
         run(0.1, simulator=Simulator(graph, squares))

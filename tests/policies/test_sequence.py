@@ -30,6 +30,7 @@ class MadeUp:
         self.simulator = Graphed(graph)
         self.costs, self.together, self.noise = costs, together, noise
         self.attributed = []
+        self.float_loss = np.ones(COUNT)
 
     def attribute(self, plan):
         self.attributed.append(plan)
@@ -175,13 +176,32 @@ def test_bad_options_are_refused(search, message):
         plan_sequence(made_up([0.0] * 6), margin=0.005, search=search)
 
 
+def test_forced_layers_are_attributed_too():
+    simulation = made_up([0.001] * 6)
+    found = plan_sequence(
+        simulation, margin=0.005, force={"first": "w8a8"}, skip=("second", "dot_0")
+    )
+    assert [each.plan.layers["first"].format for each in found] == ["w8a8"]
+
+
+def test_groups_widen_the_bounds():
+    changes = np.random.default_rng(0).normal(size=COUNT // 4)
+    simulation = made_up([np.tile(changes, 4)] + [0.0] * 5)
+    search = Search(formats=("w8a8",), rounds=0)
+    groups = np.tile(np.arange(COUNT // 4), 4)
+    options = {"margin": 1.0, "search": search, "skip": ("second", "dot_0")}
+    alone = plan_sequence(simulation, **options)[-1]
+    grouped = plan_sequence(simulation, **options, groups=groups)[-1]
+    assert grouped.standard_error == pytest.approx(2 * alone.standard_error, rel=0.01)
+
+
 def test_nothing_to_plan_is_refused():
     with pytest.raises(PlanError, match="every layer is skipped"):
         plan_sequence(made_up([0.0] * 6), margin=0.005, skip=("*",))
 
 
 def test_one_example_is_too_few(monkeypatch):
-    simulation = made_up([0.0] * 6)
     monkeypatch.setitem(globals(), "COUNT", 1)
+    simulation = made_up([0.0] * 6)
     with pytest.raises(ScoreError, match="holds 1 example"):
         plan_sequence(simulation, margin=0.005)

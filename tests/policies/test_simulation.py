@@ -1,5 +1,6 @@
 """One compiled simulation for every plan."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,6 +30,36 @@ def test_changes_and_shares_are_those_of_the_plan_alone(name):
     assert set(found.layers) == set(expected.layers)
     for layer, share in expected.layers.items():
         np.testing.assert_allclose(found.layers[layer], share, atol=2e-5 * scale)
+
+
+def test_in_bfloat16_it_is_the_integer_model_that_is_simulated():
+    keys = jax.random.split(jax.random.key(0), 5)
+    params = [jax.random.normal(key, (64, 64), jnp.bfloat16) / 8 for key in keys]
+    x = jax.random.normal(jax.random.key(1), (256, 64), jnp.bfloat16)
+
+    def apply(params, x):
+        for w in params:
+            x = jax.nn.relu(x @ w)
+        return x
+
+    def squares(outputs, targets):
+        return jnp.sum((outputs.astype(jnp.float32) - targets) ** 2, axis=-1)
+
+    y = apply(params, x).astype(jnp.float32) + jax.random.normal(keys[0], x.shape)
+    graph = jr.trace(apply, params, x[:2])
+    ranges = jr.calibrate(graph, params, [x])
+    plan = jr.uniform(jr.tabulate(graph), "int8")
+    found = Simulator(graph, squares).on(params, ranges, [(x, y)]).change(plan)
+    model = jr.quantize(graph, params, plan, ranges)
+    measured = squares(model(x), y) - squares(apply(params, x), y)
+    assert np.corrcoef(found, measured)[0, 1] > 0.98
+
+
+def test_a_loss_that_is_a_mean_is_refused():
+    graph, params, inputs = traced("plain")
+    mean = Simulator(graph, lambda outputs, targets: loss(outputs, targets).mean())
+    with pytest.raises(ScoreError, match="one value for every"):
+        mean.on(params, calibrated("plain"), [(inputs, TARGETS)]).float_loss  # noqa: B018
 
 
 def test_a_short_last_batch_changes_nothing():

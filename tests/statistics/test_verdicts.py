@@ -31,7 +31,10 @@ def test_reports_t_and_bootstrap_beside_the_bound_that_decides(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_constant_changes(method):
-    assert noninferiority(np.zeros(7), margin=0.005, method=method).passed
+    # Equal changes say nothing of others, unless the models are the same by construction.
+    assert not noninferiority(np.zeros(7), margin=0.005, method=method).passed
+    assert "all changes are equal" in verdict_words(noninferiority(np.zeros(7), margin=0.005))
+    assert noninferiority(np.zeros(7), margin=0.005, method=method, identical=True).passed
     assert not noninferiority(np.full(7, 0.1), margin=0.005, method=method).passed
 
 

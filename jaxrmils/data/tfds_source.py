@@ -1,0 +1,174 @@
+"""Data sets prepared by TensorFlow Datasets, read without TensorFlow.
+
+TFDS reads what was written in the ArrayRecord format; that needs the packages `array_record` and
+`importlib_resources`, which the extra `tfds` brings. Writing works without TensorFlow too, by a
+`GeneratorBasedBuilder` in a package of its own, with `Tensor`, `Scalar`, `ClassLabel` and `Text`
+features and `Image` features given as Pillow images or files; `Image` features given as NumPy
+arrays and `AdhocBuilder` need TensorFlow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrmils.data.dataset import DataError, Dataset
+
+Names = str | Mapping[str, str]
+
+
+def load_tfds(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | Path,
+    inputs: Names,
+    targets: Names,
+    groups: str | None = None,
+    encode: Mapping[str, Callable[[list[Any]], Any]] | None = None,
+) -> Dataset:
+    """Examples of a data set that TFDS has prepared on disk; nothing is downloaded.
+
+    Args:
+        name: TFDS's name, with configuration and version where needed: `"mnist"`, `"glue/sst2"`,
+            `"mnist:3.0.1"`.
+        split: TFDS's split, such as `"test"` or `"train[:10%]"`.
+        data_dir: the folder given to TFDS when the data set was prepared.
+        inputs: the feature that the model takes, or a dict of the model's names to features.
+        targets: likewise for the loss. Features in features are named `"outer/inner"`.
+        groups: the feature that says which examples belong together.
+        encode: for features that are no arrays of one shape: a function of the list of all values
+            that returns a pytree of arrays `[examples, ...]`, such as
+            `{"text": lambda texts: encode_texts(tokenizer, texts, max_length=64)}`. Texts come as
+            `str`, images as uint8 `[height, width, channels]`.
+
+    Returns:
+        The examples in TFDS's order; 64-bit integers become int32.
+
+    Raises:
+        DataError: a package is missing, the data set is not prepared, not in ArrayRecord or has no
+            such split or feature, or a feature needs `encode`.
+    """
+    source = _open_source(name, split, Path(data_dir))
+    encode = dict(encode or {})
+    wanted = [*_features(inputs), *_features(targets), *([groups] if groups else [])]
+    if not len(source):
+        raise DataError(f"{name}: split {split!r} is empty")
+    found = sorted(_flat(source[0]))
+    unknown = sorted({*wanted, *encode} - set(found))
+    if unknown:
+        raise DataError(f"{name} has no feature {unknown[0]!r}; its features are {found}")
+    examples = [{feature: flat[feature] for feature in wanted} for flat in map(_flat, source)]
+    columns = {
+        feature: _column(name, feature, [example[feature] for example in examples], encode)
+        for feature in dict.fromkeys([*_features(inputs), *_features(targets)])
+    }
+    return Dataset(
+        _pick(inputs, columns),
+        _pick(targets, columns),
+        None if groups is None else _group_numbers([example[groups] for example in examples]),
+        f"{name}/{split}",
+    )
+
+
+def _open_source(name: str, split: str, data_dir: Path) -> Any:
+    """TFDS's random access to a split, with errors that say what to do."""
+    tfds = _import_tfds()
+    prepare = (
+        "prepare it where TensorFlow or the data are at hand: tfds.builder(name, data_dir=..., "
+        "file_format='array_record').download_and_prepare()"
+    )
+    try:
+        builder = tfds.builder(name, data_dir=str(data_dir))
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise DataError(
+            f"{name} is neither prepared in {data_dir} nor known to TFDS; {prepare}"
+        ) from error
+    if not builder.data_path.exists():
+        raise DataError(f"{name} is not prepared in {data_dir}: no {builder.data_path}; {prepare}")
+    file_format = builder.info.file_format
+    if file_format is None or file_format.value != "array_record":
+        raise DataError(
+            f"{name} in {data_dir} is stored as {getattr(file_format, 'value', None)}; expected "
+            f"array_record, which can be read without TensorFlow: {prepare}"
+        )
+    try:
+        return builder.as_data_source(split=split)
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"{name} has no split {split!r}; its splits are {sorted(builder.info.splits)}"
+        ) from error
+
+
+def _column(
+    name: str, feature: str, values: list[Any], encode: Mapping[str, Callable[[list[Any]], Any]]
+) -> Any:
+    values = [value.decode("utf-8") if isinstance(value, bytes) else value for value in values]
+    if feature in encode:
+        encoded = encode[feature](values)
+        return jax.tree.map(lambda leaf: _as_int32(leaf, name, feature), encoded)
+    if isinstance(values[0], str):
+        raise DataError(
+            f"{name}: feature {feature!r} holds texts such as {values[0][:40]!r}; say how they "
+            f"become arrays: encode={{{feature!r}: function of the list of texts}}"
+        )
+    arrays = [np.asarray(value) for value in values]
+    shapes = {array.shape for array in arrays}
+    if len(shapes) > 1:
+        raise DataError(
+            f"{name}: the values of {feature!r} have {len(shapes)} shapes, such as "
+            f"{sorted(shapes)[:2]}; make them equal: encode={{{feature!r}: function of their list}}"
+        )
+    return _as_int32(np.stack(arrays), name, feature)
+
+
+def _as_int32(column: Any, name: str, feature: str) -> np.ndarray:
+    """64-bit integers in 32 bits, which is what JAX has by default; others as they are."""
+    column = np.asarray(column)
+    if column.dtype not in (np.int64, np.uint64):
+        return column
+    limits = np.iinfo(np.int32)
+    if column.size and not (limits.min <= column.min() and column.max() <= limits.max):
+        raise DataError(f"{name}: feature {feature!r} holds integers beyond int32")
+    return column.astype(np.int32)
+
+
+def _flat(example: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in example.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _features(names: Names) -> list[str]:
+    return [names] if isinstance(names, str) else list(names.values())
+
+
+def _pick(names: Names, columns: Mapping[str, Any]) -> Any:
+    if isinstance(names, str):
+        return columns[names]
+    return {key: columns[feature] for key, feature in names.items()}
+
+
+def _group_numbers(values: list[Any]) -> np.ndarray:
+    return np.unique(np.asarray(values), return_inverse=True)[1]
+
+
+def _import_tfds() -> Any:
+    try:
+        import array_record.python.array_record_module  # noqa: F401
+        import importlib_resources  # noqa: F401
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise DataError(
+            f"load_tfds needs tensorflow-datasets, array_record and importlib_resources, and "
+            f"{error.name} cannot be imported; run: pip install 'jaxrmils[tfds]'"
+        ) from error
+    return tfds
