@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--margin", type=float, default=0.01)
     parser.add_argument("--batch", type=int, default=250)
-    parser.add_argument("--mu", type=float, nargs="*", default=[0.001, 0.01, 0.1, 0.3])
+    parser.add_argument("--mu", type=float, nargs="*", default=[0.01, 0.1])
     parser.add_argument("--out")
     args = parser.parse_args()
     network = reference(args.network)
@@ -102,7 +102,7 @@ def draw(seed: int, simulator: Simulator, params, data: Dataset, args) -> list[d
         ranges,
         margin=args.margin,
         scores=scores,
-        search=jr.Search(formats=("w8a8", "w4a8")),
+        search=jr.Search(formats=("w8a8", "w4a8"), length=24),
         simulator=simulator,
     )
     seconds = time.perf_counter() - began
