@@ -44,6 +44,10 @@ Method = Literal["guarded", "skewness-adjusted", "hall", "t", "bootstrap"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
+# Numbers that differ by no more count as equal: the square of their spread would underflow.
+EQUAL = 1e-150
+
+
 @dataclass(frozen=True)
 class Interval:
     """Two-sided confidence interval of a mean.
@@ -131,7 +135,7 @@ def bounds(values: np.ndarray, tail: float, method: Method) -> tuple[np.ndarray,
     if method not in METHODS:
         raise StatisticsError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
     n = values.shape[-1]
-    if (np.ptp(values, axis=-1) == 0.0).any():
+    if (np.ptp(values, axis=-1) <= EQUAL).any():
         if values.ndim == 1:
             return values[0], values[0]
         raise StatisticsError("a row holds equal values alone; bound it by itself")
@@ -198,7 +202,7 @@ def independent_units(changes: np.ndarray, groups: Any) -> np.ndarray:
 
 def mean_and_error(units: np.ndarray) -> tuple[float, float]:
     """Mean and standard error of independent numbers `[n]`."""
-    if np.ptp(units) == 0.0:  # Rounding in the mean would leave a tiny standard deviation.
+    if np.ptp(units) <= EQUAL:  # Rounding in the mean would leave a tiny standard deviation.
         return float(units[0]), 0.0
     return float(units.mean()), float(units.std(ddof=1) / math.sqrt(units.size))
 

@@ -36,6 +36,8 @@ def test_constant_changes(method):
     assert "all changes are equal" in verdict_words(noninferiority(np.zeros(7), margin=0.005))
     assert noninferiority(np.zeros(7), margin=0.005, method=method, identical=True).passed
     assert not noninferiority(np.full(7, 0.1), margin=0.005, method=method).passed
+    # So small that the square of their spread underflows.
+    assert noninferiority([0.0, 1e-293], margin=0.005, method=method).standard_error == 0.0
 
 
 @pytest.mark.parametrize("distance", [0.02, 0.005])
