@@ -15,6 +15,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,7 +109,33 @@ def lossless(run: Run) -> None:
     )
 
 
-STAGES: tuple[Callable[[Run], None], ...] = (trace, calibrate, score, attribute, lossless)
+def verify(run: Run) -> None:
+    """The integer model of that plan: layers alone, shares, controls, and the page."""
+    last = -max(1, len(run.data) // 5)
+    graph, ranges = run.values["graph"], run.values["ranges"]
+    model = jr.quantize(graph, run.params, run.values["lossless"].plan, ranges)
+    report = jr.verify(
+        graph,
+        run.params,
+        model,
+        run.data[last:],
+        cross_entropy,
+        ranges=ranges,
+        scores=run.values["scores"],
+        selection=run.data[:last],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        jr.write_page(report, Path(folder) / "report.html")
+
+
+STAGES: tuple[Callable[[Run], None], ...] = (
+    trace,
+    calibrate,
+    score,
+    attribute,
+    lossless,
+    verify,
+)
 
 
 def measure(options: argparse.Namespace) -> list[dict]:

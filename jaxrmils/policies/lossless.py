@@ -150,18 +150,15 @@ def lossless(
     simulator = simulator or Simulator(graph, loss)
     if simulator.graph is not graph or simulator.loss is not loss:
         raise PlanError("the simulator was made for another graph or loss")
-    on_selection = simulator.on(params, ranges, selection)
-    # Its inputs are checked before the long part begins.
-    on_confirmation = simulator.on(params, ranges, confirmation)
-    if np.array_equal(on_selection.float_loss, on_confirmation.float_loss):
-        raise ScoreError(
-            "selection and confirmation data have the same losses: the same examples would choose "
-            "the plans and judge them; pass examples that chose nothing as confirmation"
-        )
     if scores is not None and scores.table.fingerprint != graph.fingerprint:
         raise PlanError("the scores were made for another model; score this one")
+    on_selection, on_confirmation = _other_examples(
+        simulator.on(params, ranges, selection), simulator.on(params, ranges, confirmation)
+    )
     if margin is None:
         margin = default_margin(float(on_selection.float_loss.mean()), unit=unit)
+    # The options of the tests, checked before the long part begins.
+    noninferiority(on_confirmation.float_loss, margin=margin, alpha=alpha, groups=groups)
     search = search or Search()
     settings = {
         "name": "lossless",
@@ -173,8 +170,6 @@ def lossless(
         "skip": list(skip),
         "force": dict(force or {}),
     }
-    # The options of the tests, checked before the long part begins.
-    noninferiority(on_confirmation.float_loss, margin=margin, alpha=alpha, groups=groups)
     sequence = plan_sequence(
         on_selection,
         margin=margin,
@@ -204,6 +199,18 @@ def lossless(
         steps=tuple(steps),
         words=_words(table, steps, chosen, unit),
     )
+
+
+def _other_examples(
+    selection: Simulation, confirmation: Simulation
+) -> tuple[Simulation, Simulation]:
+    """The two, if they hold different examples."""
+    if np.array_equal(selection.float_loss, confirmation.float_loss):
+        raise ScoreError(
+            "selection and confirmation data have the same losses: the same examples would choose "
+            "the plans and judge them; pass examples that chose nothing as confirmation"
+        )
+    return selection, confirmation
 
 
 def _in_order(
