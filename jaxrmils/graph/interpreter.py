@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrmils.graph import compat
+from jaxrmils.graph.depthwise import bind_depthwise, is_depthwise
 from jaxrmils.graph.expression import (
     Apply,
     Constant,
@@ -143,18 +144,15 @@ class SiteCall:
 
     def bind(self, *operands: Any) -> Any:
         """The original operation on other operands."""
-        (result,) = compat.bind(self.eqn, operands)
-        return result
+        return _run(self.eqn, operands)
 
     def bind_highest(self, *operands: Any) -> Any:
         """The same at `highest` matmul precision, where the model leaves the precision open."""
-        (result,) = compat.bind(_with_precision(self.eqn, float32=False), operands)
-        return result
+        return _run(_with_precision(self.eqn, float32=False), operands)
 
     def bind_float32(self, *operands: Any) -> Any:
         """The operation on float32 operands, accumulated and returned in float32."""
-        (result,) = compat.bind(_with_precision(self.eqn, float32=True), operands)
-        return result
+        return _run(_with_precision(self.eqn, float32=True), operands)
 
     def bind_wide(self, *operands: Any) -> Any:
         """The operation in float32 on operands of any float dtype, in the model's own dtype.
@@ -169,6 +167,13 @@ class SiteCall:
         """An array in the weight's layout (or a keepdims scale), in the operand's layout."""
         permutation = self.site.weight.permutation if self.site.weight else None
         return array if permutation is None else array.transpose(permutation)
+
+
+def _run(eqn: compat.JaxprEqn, operands: tuple[Any, ...]) -> Any:
+    if is_depthwise(eqn):
+        return bind_depthwise(eqn, operands)
+    (result,) = compat.bind(eqn, operands)
+    return result
 
 
 def _with_precision(eqn: compat.JaxprEqn, *, float32: bool) -> compat.JaxprEqn:

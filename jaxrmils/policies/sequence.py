@@ -153,7 +153,7 @@ def plan_sequence(
             break
     state.fill()
     state.spread()
-    return _thinned(_frontier(state.measured.values(), margin, search), search.length)
+    return _thinned(_frontier(state.measured.values(), margin, search), margin, search)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,10 +291,9 @@ class _State:
                 current = trial
 
     def spread(self) -> None:
-        """Measures plans all along the path, so that the sequence has no wide gaps."""
+        """Measures plans of the path, most of them around the last that fits."""
         plans = self.path()[1:]
-        count = min(2 * self.search.length, len(plans))
-        for index in np.linspace(0, len(plans) - 1, count).round().astype(int):
+        for index in _around(self.boundary(plans), len(plans), 2 * self.search.length):
             self.measure(plans[index])
 
 
@@ -348,11 +347,38 @@ def _frontier(measured: Any, margin: float, search: Search) -> list[MeasuredPlan
     return (hopeful or kept[-1:])[::-1]
 
 
-def _thinned(plans: Sequence[MeasuredPlan], length: int) -> tuple[MeasuredPlan, ...]:
-    """The most compressed half of the sequence as it is, and some of the rest, evenly spread."""
-    if len(plans) <= length:
-        return tuple(plans)
-    near = math.ceil(length / 2)
-    rest = plans[: len(plans) - near]
-    chosen = np.unique(np.linspace(0, len(rest) - 1, length - near).round().astype(int))
-    return (*(rest[i] for i in chosen), *plans[len(plans) - near :])
+def _thinned(
+    plans: Sequence[MeasuredPlan], margin: float, search: Search
+) -> tuple[MeasuredPlan, ...]:
+    """At most `search.length` plans of the frontier, most of them around the last that fits."""
+    fitting = sum(each.bound(search.caution) <= margin for each in plans)
+    return tuple(plans[i] for i in _around(fitting - 1, len(plans), search.length))
+
+
+def _around(center: int, count: int, wanted: int) -> list[int]:
+    """At most `wanted` of the indices below `count`: dense around one of them, wider further off.
+
+    A third of them lies behind the center, where only other data can tell what still fits; those
+    before it are fallbacks down to the first.
+
+    >>> _around(20, 40, 9)
+    [0, 11, 16, 18, 19, 20, 21, 23, 28]
+    """
+    if count <= wanted:
+        return list(range(count))
+    center = min(max(center, 0), count - 1)
+    rest = count - 1 - center
+    behind = min(max(wanted // 3, wanted - 1 - center), rest)
+    before = _distances(wanted - 1 - behind, center)
+    after = _distances(behind, min(rest, 2**behind))
+    return sorted({center} | {center - d for d in before} | {center + d for d in after})
+
+
+def _distances(steps: int, furthest: int) -> list[int]:
+    """Up to so many growing distances, from 1 to the furthest.
+
+    >>> _distances(4, 40)
+    [1, 3, 12, 40]
+    """
+    ratio = furthest ** (1 / max(steps - 1, 1))
+    return [min(max(k, round(ratio ** (k - 1))), furthest) for k in range(1, steps + 1)]
