@@ -50,10 +50,10 @@ def check_config(config: Any, graph: Graph) -> None:
         raise ConfigError(f"config field policy.bits is {policy.bits}; expected 8, 4 or both")
     if config.verify.points < 1:
         raise ConfigError(f"config field verify.points is {config.verify.points}; expected >= 1")
-    if config.batch_size < 1 or config.verify.margin < 0 or not 0 < config.verify.alpha < 0.5:
+    if config.batch_size < 0 or config.verify.margin < 0 or not 0 < config.verify.alpha < 0.5:
         raise ConfigError(
             f"batch_size {config.batch_size}, verify.margin {config.verify.margin} and "
-            f"verify.alpha {config.verify.alpha}: expected >= 1, >= 0, and between 0 and 0.5"
+            f"verify.alpha {config.verify.alpha}: expected >= 0, >= 0, and between 0 and 0.5"
         )
     if config.loss != "task" and policy.name == "rmils":
         raise ConfigError(

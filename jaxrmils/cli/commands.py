@@ -30,6 +30,7 @@ from jaxrmils.policies import PlanError
 from jaxrmils.progress import Progress, bars, silent
 from jaxrmils.sensitivity import ScoreError
 from jaxrmils.statistics import StatisticsError, noninferiority, verdict_words
+from jaxrmils.zoo import WeightError
 
 USAGE_ERRORS = (PlanError,)
 INPUT_ERRORS = (
@@ -40,6 +41,7 @@ INPUT_ERRORS = (
     ScoreError,
     StatisticsError,
     TraceError,
+    WeightError,
     ImportError,
     OSError,
 )
@@ -87,6 +89,8 @@ def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
     print_saved(artifacts.load_run(args.out).report, console, mu_title=_mu_title(result))
     if result.plan.is_float:
         console.print(Text(_nothing_passed(config, result)))
+    if not config.batch_size:
+        console.print(Text(f"Batches    {result.batch_size} examples, which fit into memory"))
     console.print(Text(f"Files      {args.out}: {', '.join(written)}"))
     data = {"out": str(args.out), "files": written, **pipeline.report_dict(result)}
     return Outcome(data, result.report.test.passed and not result.plan.is_float)
@@ -153,6 +157,7 @@ def evaluate(args: argparse.Namespace) -> Outcome:
             "that chose the plan could judge it"
         )
     model = artifacts.load_model(folder / "model", task.apply)
+    config = pipeline.with_batch_size(config, model.graph, task)
     params = None
     if not args.no_float:
         params = task.load_params()

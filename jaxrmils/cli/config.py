@@ -102,21 +102,23 @@ def _parse(text: str, current: Any) -> Any:
     return tuple(text.split(",")) if isinstance(value, str) else (value,)
 
 
-def resolve_function(name: str, config_path: str | Path | None = None) -> Any:
+def resolve_function(
+    name: str, config_path: str | Path | None = None, known: Sequence[str] = ()
+) -> Any:
     """The function that `package.module:function` or `file.py:function` names.
 
     Args:
       name: what to load; a relative file is looked for beside the config file, then here.
       config_path: the config file.
+      known: names of tasks, for messages.
 
     Raises:
       ConfigError: it can't be found.
     """
     module, separator, function = name.rpartition(":")
     if not separator:
-        raise ConfigError(
-            f"task {name!r}: write mnist_cnn, package.module:function or file.py:function"
-        )
+        words = ", ".join((*known, "package.module:function"))
+        raise ConfigError(f"task {name!r}: write {words} or file.py:function")
     if module.endswith(".py"):
         beside = Path(config_path).parent / module if config_path else Path(module)
         return _run_file(beside if beside.exists() else Path(module), function)

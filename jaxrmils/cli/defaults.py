@@ -15,10 +15,33 @@ def base_config() -> Any:
     """
     config: Any = ConfigDict()  # its fields are not known to type checkers
     config.seed = 0
-    # A task: "mnist_cnn", "package.module:function" or "file.py:function". The function gets this
-    # config and a progress drawer and returns a `jaxrmils.data.Task`.
+    # A task: "mnist_cnn", "images", "squad", "texts", "package.module:function" or
+    # "file.py:function". The function gets this config and a progress drawer and returns a
+    # `jaxrmils.data.Task`.
     config.task = "mnist_cnn"
-    config.batch_size = 125
+
+    # What the tasks "images", "squad" and "texts" quantize.
+    config.model = ConfigDict()
+    config.model.name = ""  # a reference network (`jaxrmils.zoo`)
+    config.model.weights = ""  # its checkpoint: .safetensors, or .pt/.pth with the extra "torch"
+    config.model.tokenizer = ""  # tokenizer.json or vocab.txt
+    config.model.max_length = 384  # tokens
+
+    # And the data they read: a data set that TFDS has prepared, or files.
+    config.data = ConfigDict()
+    config.data.name = ""  # TFDS's name, such as "imagenet2012"
+    config.data.split = "validation"
+    config.data.data_dir = ""
+    config.data.files = ""  # images: folder or zip; squad: JSON; texts: CSV
+    config.data.labels = ""  # images: CSV with the columns file and label, else folders are classes
+    config.data.examples = 0  # use only so many, drawn by the seed; 0 for all
+    config.data.trained_on = False  # the model has seen them: good for ranges, never for a verdict
+    # Further files of the same form, for the splits named below only.
+    config.data.calibration = ""
+    config.data.calibration_labels = ""
+    config.data.calibration_splits = ("ranges",)  # or ("ranges", "selection")
+    config.data.calibration_trained_on = False
+    config.batch_size = 125  # 0 for as many examples as fit into 2 GB
     # What is kept low: "task", or without labels the distance to the float model's own outputs,
     # "kl" (of their softmax) or "squared".
     config.loss = "task"

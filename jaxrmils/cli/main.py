@@ -108,6 +108,17 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     model), model/ (the integer model), report.json and run.json.
 
       jaxrmils quantize --config configs/mnist_cnn.py --config.policy.mu=0.01 --out runs/mnist
+      jaxrmils quantize --config configs/cifar_resnet20.py --out runs/cifar \\
+        --config.data.files=test.zip --config.model.weights=resnet20.safetensors
+
+    What config.task can be, each with its own config files in configs/:
+      mnist_cnn    digits that come with a package, and a CNN trained on the spot
+      images       a reference network with published weights, and images of a folder, a zip
+                   archive or TFDS
+      squad        BERT that answers SQuAD's questions
+      texts        BERT that classifies texts of a CSV file
+      FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION
+                   your own, a function of the config that returns a jaxrmils.data.Task
     """
     parser.add_argument("--config", required=True, help="a Python file with get_config()")
     parser.add_argument("--out", help="folder of the run; required unless --show-config")

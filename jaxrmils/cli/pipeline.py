@@ -16,7 +16,7 @@ from jaxrmils import artifacts
 from jaxrmils.artifacts.report_files import REPORT_KIND, RUN_KIND
 from jaxrmils.cli.checks import check_config, forced, search_of
 from jaxrmils.cli.config import ConfigError, resolve_function
-from jaxrmils.data import Dataset, Splits, Task, check_disjoint
+from jaxrmils.data import Batches, DataError, Dataset, Splits, Task, check_disjoint
 from jaxrmils.data.splits import SPLIT_NAMES
 from jaxrmils.evaluation import Report, verify
 from jaxrmils.graph import Graph, tabulate, trace
@@ -38,12 +38,17 @@ from jaxrmils.sensitivity import (
     curvature,
     label_free,
     score,
-    with_float_outputs,
 )
-from jaxrmils.sensitivity.losses import LabelFree
-from jaxrmils.zoo import mnist_cnn_task
+from jaxrmils.sensitivity.batch_size import fitting_batch_size
+from jaxrmils.sensitivity.losses import LabelFree, float_outputs
+from jaxrmils.zoo import image_task, mnist_cnn_task, squad_task, text_task
 
-_TASKS = {"mnist_cnn": mnist_cnn_task}
+TASKS = {
+    "mnist_cnn": mnist_cnn_task,
+    "images": image_task,
+    "squad": squad_task,
+    "texts": text_task,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +60,7 @@ class Result:
       params: the float parameters.
       report: predicted against measured, the controls and the verdict.
       mu: for the rmils policy, every layer's mu at 8 and 4 bits; else empty.
+      batch_size: examples in a batch.
     """
 
     task: Task
@@ -66,37 +72,66 @@ class Result:
     model: QuantizedModel
     report: Report
     mu: dict[str, dict[int, float]]
+    batch_size: int
 
 
 def make_task(config: Any, path: str | Path | None, progress: Progress = silent) -> Task:
     """The task that a config names.
 
     Args:
-      config: its `task` is "mnist_cnn", "package.module:function" or "file.py:function".
+      config: its `task` is a name such as "images" (see `jaxrmils.cli.defaults`),
+        "package.module:function" or "file.py:function".
       path: the config file, beside which task files are looked for.
       progress: passed to the task.
 
     Raises:
       ConfigError: there is no such task, or it returns something else.
     """
-    function = _TASKS.get(config.task) or resolve_function(config.task, path)
+    function = TASKS.get(config.task) or resolve_function(config.task, path, tuple(TASKS))
     task = function(config, progress)
     if not isinstance(task, Task):
         raise ConfigError(f"task {config.task!r} returned {type(task).__name__}, not a Task")
     return task
 
 
-def batches(data: Dataset, size: int) -> list[tuple[Any, Any]]:
+def batches(data: Dataset, size: int) -> Batches:
     """A split in batches; a batch larger than the split is cut down to it."""
-    return list(data.batches(min(size, len(data))))
+    return data.batches(min(size, len(data)))
 
 
 def trace_task(task: Task) -> Graph:
     """The task's graph, from shapes alone."""
-    inputs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), task.dataset.inputs
-    )
-    return trace(task.apply, task.shapes, inputs)
+    return trace(task.apply, task.shapes, jax.tree.map(_one_example, task.dataset.inputs))
+
+
+def _one_example(rows: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *rows.shape[1:]), rows.dtype)
+
+
+def with_batch_size(config: Any, graph: Graph, task: Task) -> Any:
+    """The config, with a batch size that fits into 2 GB where it says 0."""
+    if config.batch_size:
+        return config
+    data = task.dataset
+    one = jax.tree.map(_one_example, (data.inputs, data.targets))
+    config = config.copy_and_resolve_references()
+    config.batch_size = fitting_batch_size(graph, task.shapes, task.loss, *one)
+    return config
+
+
+def _check_unseen(config: Any, task: Task) -> None:
+    """DataError for splits that overlap or were trained on; names the field that says so."""
+    try:
+        check_disjoint(task.splits, task.training, task.dataset.groups)
+    except DataError as error:
+        fields = ("trained_on", "calibration_trained_on")
+        said = [f"config.data.{field}" for field in fields if config.data[field]]
+        if task.training is None or not said:
+            raise
+        raise DataError(
+            f"{error}. {' and '.join(said)} says so: give such files as config.data.calibration, "
+            "with config.data.calibration_splits=('ranges',), and unseen ones as config.data.files"
+        ) from error
 
 
 def make_plan(
@@ -179,10 +214,9 @@ def without_labels(
     """
     parts = {name: getattr(task.splits, name) for name in SPLIT_NAMES}
     parts = {name: part if name in names else part[:1] for name, part in parts.items()}
-    used = task.dataset.take(np.concatenate(list(parts.values())))
-    outputs = [
-        y for _, y in with_float_outputs(graph, params, batches(used, size), progress=progress)
-    ]
+    chosen, metrics = np.concatenate(list(parts.values())), task.metrics
+    used = task.dataset.take(chosen)
+    outputs = [y for _, y in float_outputs(graph, params, batches(used, size), progress=progress)]
     ends = np.cumsum([part.size for part in parts.values()])
     return replace(
         task,
@@ -192,6 +226,7 @@ def without_labels(
         loss=label_free(kind),
         unit="nats" if kind == "kl" else "squared error",
         params=params,
+        metrics=metrics and (lambda outputs, indices: metrics(outputs, chosen[indices])),
     )
 
 
@@ -211,9 +246,10 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
         raise ConfigError(
             f"batch_size is {config.batch_size}, but the data set has {len(task.dataset)} examples"
         )
-    check_disjoint(task.splits, task.training, task.dataset.groups)
+    _check_unseen(config, task)
     graph = trace_task(task)
     check_config(config, graph)
+    config = with_batch_size(config, graph, task)
     params = task.load_params()
     given = task
     if config.loss != "task":
@@ -223,7 +259,7 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
     ranges = calibrate(
         graph,
         params,
-        [inputs for inputs, _ in batches(task.split("ranges"), size)],
+        batches(task.split("ranges"), size).inputs(),
         estimator=settings.estimator,
         symmetric=settings.symmetric,
         percentile=settings.percentile,
@@ -254,6 +290,7 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
         model=model,
         report=report,
         mu=_mu(config, graph, scores),
+        batch_size=size,
     )
 
 
@@ -321,6 +358,7 @@ def save(result: Result, config: Any, path: str | Path | None, out: str | Path) 
         "config": json.loads(config.to_json()),
         "config_file": str(Path(path).resolve()) if path else "",
         "splits": result.task.splits.fingerprint,
+        "batch_size": result.batch_size,
         "versions": artifacts.versions(),
     }
     written = ["plan.json"]

@@ -1,4 +1,4 @@
-"""Data sets in memory, their four disjoint splits, and one that needs no download."""
+"""Data sets, their four disjoint splits, and one that needs no download."""
 
 from jaxrmils.data.dataset import DataError as DataError
 from jaxrmils.data.dataset import Dataset as Dataset
@@ -6,8 +6,11 @@ from jaxrmils.data.dataset import check_labels as check_labels
 from jaxrmils.data.images import Normalization as Normalization
 from jaxrmils.data.images import load_image_folder as load_image_folder
 from jaxrmils.data.images import resize_and_crop as resize_and_crop
+from jaxrmils.data.joining import join as join
 from jaxrmils.data.mnist import load_mnist5k as load_mnist5k
 from jaxrmils.data.mnist import shifted_copies as shifted_copies
+from jaxrmils.data.rows import Batches as Batches
+from jaxrmils.data.rows import LazyRows as LazyRows
 from jaxrmils.data.splits import SPLIT_NAMES as SPLIT_NAMES
 from jaxrmils.data.splits import Splits as Splits
 from jaxrmils.data.splits import check_disjoint as check_disjoint

@@ -1,13 +1,14 @@
-"""A data set in memory: what every stage that looks at examples reads."""
+"""A data set: what every stage that looks at examples reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+
+from jaxrmils.data.rows import Batches, LazyRows, Rows, take_rows
 
 PyTree = Any
 
@@ -18,17 +19,19 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples in memory, the first axis of every array counting examples.
+    """Examples, the first axis of every array counting them.
 
     Args:
-        inputs: pytree of arrays `[examples, ...]`, as the model takes them. Kept as NumPy arrays.
+        inputs: pytree of arrays `[examples, ...]`, as the model takes them. Kept as NumPy arrays,
+            except `LazyRows`, which stay lazy: they are read batch by batch.
         targets: pytree of arrays `[examples, ...]`, as the loss takes them.
         groups: `[examples]`, which examples belong together (one patient, one speaker), or `None`.
         name: what reports call the data set.
 
     Raises:
         DataError: the data set is empty, two arrays differ in their number of examples, an array
-            has no example axis, or a floating input holds NaN or infinity.
+            has no example axis, or a floating input holds NaN or infinity (of lazy inputs, when
+            their batch is read).
 
     >>> dataset = Dataset(np.zeros((5, 3), np.float32), np.arange(5), None, "five")
     >>> len(dataset), [len(targets) for _, targets in dataset.batches(2)]
@@ -45,12 +48,13 @@ class Dataset:
     def __post_init__(self) -> None:
         for field in ("inputs", "targets"):
             # Frozen: arrays of other kinds (lists excepted, they are pytrees) become NumPy here.
-            object.__setattr__(self, field, jax.tree.map(np.asarray, getattr(self, field)))
+            object.__setattr__(self, field, jax.tree.map(_as_rows, getattr(self, field)))
         if self.groups is not None:
             object.__setattr__(self, "groups", np.asarray(self.groups))
         _check_leading_axes(self.name, self._named_arrays())
         for path, array in _named_leaves("inputs", self.inputs):
-            _check_finite(self.name, path, array)
+            if not isinstance(array, LazyRows):
+                _check_finite(self.name, path, array)
 
     def __len__(self) -> int:
         return int(jax.tree.leaves(self.inputs)[0].shape[0])
@@ -79,22 +83,27 @@ class Dataset:
                 f"the {len(self)} examples; expected 0 to {len(self) - 1}"
             )
         return Dataset(
-            jax.tree.map(lambda array: array[indices], self.inputs),
-            jax.tree.map(lambda array: array[indices], self.targets),
+            jax.tree.map(lambda array: take_rows(array, indices), self.inputs),
+            jax.tree.map(lambda array: take_rows(array, indices), self.targets),
             None if self.groups is None else self.groups[indices],
             self.name,
         )
 
-    def batches(self, batch_size: int) -> Iterator[tuple[PyTree, PyTree]]:
+    def batches(self, batch_size: int) -> Batches:
         """The examples in order as `(inputs, targets)`; the last batch may be smaller.
+
+        Lazy inputs are read anew in every pass, a few batches ahead of their use.
 
         Args:
             batch_size: examples in a batch, from 1 to `len(self)`.
 
+        Returns:
+            A sequence, so that several passes can be made.
+
         Raises:
-            DataError: `batch_size` is below 1 or above the number of examples.
+            DataError: `batch_size` is below 1 or above the number of examples. In a pass: a lazy
+                input cannot be read, or is NaN or infinite.
         """
-        # Checked here and not in the generator, so that the error comes from this call.
         if batch_size < 1:
             raise DataError(f"{self.name}: batch_size is {batch_size}; expected at least 1")
         if batch_size > len(self):
@@ -102,16 +111,19 @@ class Dataset:
                 f"{self.name}: batch_size is {batch_size} but there are only {len(self)} examples; "
                 f"pass batch_size={len(self)} or less"
             )
-        return self._batches(batch_size)
+        lazy = any(isinstance(array, LazyRows) for _, array in self._named_arrays())
+        return Batches(self._window, len(self), batch_size, ahead=lazy)
 
-    def _batches(self, batch_size: int) -> Iterator[tuple[PyTree, PyTree]]:
-        for start in range(0, len(self), batch_size):
-            window = slice(start, start + batch_size)
-            yield jax.tree.map(
-                lambda array, window=window: array[window], (self.inputs, self.targets)
-            )
+    def _window(self, window: slice) -> tuple[PyTree, PyTree]:
+        inputs, targets = jax.tree.map(lambda array: array[window], (self.inputs, self.targets))
+        for (path, array), kept in zip(
+            _named_leaves("inputs", inputs), jax.tree.leaves(self.inputs), strict=True
+        ):
+            if isinstance(kept, LazyRows):
+                _check_finite(self.name, path, array, window.start)
+        return inputs, targets
 
-    def _named_arrays(self) -> list[tuple[str, np.ndarray]]:
+    def _named_arrays(self) -> list[tuple[str, Any]]:
         named = _named_leaves("inputs", self.inputs) + _named_leaves("targets", self.targets)
         return named if self.groups is None else [*named, ("groups", self.groups)]
 
@@ -147,12 +159,16 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
         )
 
 
-def _named_leaves(root: str, tree: PyTree) -> list[tuple[str, np.ndarray]]:
+def _as_rows(array: Any) -> Rows:
+    return array if isinstance(array, LazyRows) else np.asarray(array)
+
+
+def _named_leaves(root: str, tree: PyTree) -> list[tuple[str, Any]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [(root + jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
 
 
-def _check_leading_axes(name: str, arrays: list[tuple[str, np.ndarray]]) -> None:
+def _check_leading_axes(name: str, arrays: list[tuple[str, Any]]) -> None:
     if not any(path.startswith("inputs") for path, _ in arrays):
         raise DataError(f"{name}: the inputs hold no array")
     for path, array in arrays:
@@ -169,13 +185,13 @@ def _check_leading_axes(name: str, arrays: list[tuple[str, np.ndarray]]) -> None
         raise DataError(f"{name}: the data set is empty ({first_path} has shape {first.shape})")
 
 
-def _check_finite(name: str, path: str, array: np.ndarray) -> None:
+def _check_finite(name: str, path: str, array: np.ndarray, start: int = 0) -> None:
     # jax.numpy knows bfloat16 and float8 as floating; NumPy does not.
     if not jax.numpy.issubdtype(array.dtype, jax.numpy.inexact):
         return
     broken = ~np.isfinite(array)
     if broken.any():
-        first_example = int(np.argwhere(broken)[0][0])
+        first_example = start + int(np.argwhere(broken)[0][0])
         raise DataError(
             f"{name}: {path} holds {int(broken.sum())} values that are NaN or infinite, the first "
             f"in example {first_example}; drop or repair these examples before quantizing"

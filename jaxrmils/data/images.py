@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxrmils.data.dataset import DataError, Dataset
+from jaxrmils.data.dataset import DataError, Dataset, check_labels
+from jaxrmils.data.rows import LazyRows
 from jaxrmils.data.tables import class_indices, read_columns
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
+# What Pillow and zipfile raise for files that are damaged or no images.
+BROKEN = (OSError, SyntaxError, ValueError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,10 @@ def load_image_folder(
     group_column: str | None = None,
     where: Mapping[str, str] | None = None,
     classes: Sequence[str] | None = None,
+    num_classes: int | None = None,
     grayscale: bool = False,
+    labelled: bool = True,
+    lazy: bool = False,
     name: str | None = None,
 ) -> Dataset:
     """JPEG and PNG images under a folder or in a zip archive, in the order of their paths.
@@ -75,7 +81,12 @@ def load_image_folder(
         where: keep only the CSV's rows with these values, such as `{"split": "test"}`.
         classes: names of the classes in the order of their indices; by default all names that
             occur, sorted. Give them where a model was trained on more classes than occur here.
+        num_classes: how many classes the model predicts: an error if other numbers, or fewer or
+            more names, occur.
         grayscale: one channel instead of three.
+        labelled: `False` reads no labels, neither folders' names nor tables: all targets are -1.
+        lazy: read an image when its batch is asked for, so that large data sets never lie in
+            memory; see `LazyRows`. An image that cannot be read is an error then.
         name: what reports call the data; the folder's name by default.
 
     Returns:
@@ -89,6 +100,8 @@ def load_image_folder(
     folder = Path(folder)
     _check_sizes(size, crop_padding)
     _import_pillow()
+    if not labelled and labels is not None:
+        raise DataError("labels= names a table, but labelled=False says that none are read")
     if labels is None and (group_column or where):
         raise DataError("group_column and where are about the CSV table; pass labels= as well")
     with contextlib.ExitStack() as stack:
@@ -98,7 +111,8 @@ def load_image_folder(
                 f"{folder} holds no image; expected files ending in {', '.join(SUFFIXES)}"
             )
         if labels is None:
-            names, groups = _class_folders(folder, paths), None
+            names = _class_folders(folder, paths) if labelled else ["-1"] * len(paths)
+            groups = None
         else:
             columns = [column for column in (label_column, group_column) if column]
             table = _rows_by_path(folder, Path(labels), paths, file_column, columns, where)
@@ -106,9 +120,17 @@ def load_image_folder(
             groups = (
                 np.unique(table[group_column], return_inverse=True)[1] if group_column else None
             )
-        targets = class_indices(names, classes)
-        images = _read_images(folder, paths, read, size, crop_padding, "L" if grayscale else "RGB")
-    inputs = images if normalization is None else normalization(images)
+        targets = class_indices(names, classes if labelled else None)
+        if num_classes is not None and labelled:
+            _check_classes(labels or folder, names, targets, classes, num_classes)
+        reader = _Reader(
+            folder, paths, read, size, crop_padding, "L" if grayscale else "RGB", normalization
+        )
+        if lazy:
+            stack.pop_all()  # the archive stays open for the rows to come
+            inputs = LazyRows(reader.row, reader.shape, reader.dtype)
+        else:
+            inputs = reader.all()
     stem = folder.stem if folder.is_file() else folder.name
     return Dataset(inputs, targets, groups, name or stem)
 
@@ -152,31 +174,56 @@ def _check_sizes(size: int, crop_padding: int) -> None:
         raise DataError(f"size is {size} and crop_padding {crop_padding}; expected >= 1 and >= 0")
 
 
-def _read_images(
-    folder: Path,
-    paths: list[str],
-    read: Callable[[str], bytes],
-    size: int,
-    crop_padding: int,
-    mode: str,
-) -> np.ndarray:
-    """uint8 `[paths, size, size, channels]`; one error names all files that cannot be read."""
-    pillow = _import_pillow()
-    images = np.empty((len(paths), size, size, len(mode)), np.uint8)
-    broken = []
-    for image, path in zip(images, paths, strict=True):
+@dataclass(frozen=True)
+class _Reader:
+    """Image files as rows of an array."""
+
+    folder: Path
+    paths: list[str]
+    read: Callable[[str], bytes]
+    size: int
+    crop_padding: int
+    mode: str
+    normalization: Normalization | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.paths), self.size, self.size, len(self.mode))
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8 if self.normalization is None else np.float32)
+
+    def row(self, number: int) -> np.ndarray:
+        """One image; DataError names its file if it cannot be read."""
         try:
-            with pillow.open(io.BytesIO(read(path))) as file:
-                image[:] = resize_and_crop(file.convert(mode), size, crop_padding)
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
-            broken.append(f"{path} ({error})")
-    if broken:
-        shown = "; ".join(broken[:5])
-        raise DataError(
-            f"{folder}: {len(broken)} of {len(paths)} images cannot be read: {shown}"
-            f"{'; ...' if len(broken) > 5 else ''}; repair or remove them"
-        )
-    return images
+            return self._image(number)
+        except BROKEN as error:
+            raise DataError(
+                f"{self.folder}: {self.paths[number]} cannot be read ({error}); repair or remove it"
+            ) from error
+
+    def all(self) -> np.ndarray:
+        """All images; one DataError names all files that cannot be read."""
+        images = np.empty(self.shape, self.dtype)
+        broken = []
+        for number, path in enumerate(self.paths):
+            try:
+                images[number] = self._image(number)
+            except BROKEN as error:
+                broken.append(f"{path} ({error})")
+        if broken:
+            shown = "; ".join(broken[:5])
+            raise DataError(
+                f"{self.folder}: {len(broken)} of {len(images)} images cannot be read: {shown}"
+                f"{'; ...' if len(broken) > 5 else ''}; repair or remove them"
+            )
+        return images
+
+    def _image(self, number: int) -> np.ndarray:
+        with _import_pillow().open(io.BytesIO(self.read(self.paths[number]))) as file:
+            image = resize_and_crop(file.convert(self.mode), self.size, self.crop_padding)
+        return image if self.normalization is None else self.normalization(image)
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[Callable[[str], bytes], list[str]]:
@@ -210,6 +257,28 @@ def _class_folders(folder: Path, paths: list[str]) -> list[str]:
             "pass labels=, a CSV table of files and labels"
         )
     return names
+
+
+def _check_classes(
+    source: str | Path,
+    names: list[str],
+    targets: np.ndarray,
+    classes: Sequence[str] | None,
+    num_classes: int,
+) -> None:
+    """DataError unless the labels can only mean the classes of a model that predicts so many."""
+    known = sorted(set(names)) if classes is None else list(classes)
+    numbers = classes is None and all(name.removeprefix("-").isdecimal() for name in names)
+    if not numbers and len(known) != num_classes:
+        raise DataError(
+            f"{source} names {len(known)} classes ({', '.join(known[:3])}, ...), but the model "
+            f"predicts {num_classes}, so which is which is not known; give labels=, a CSV "
+            f"table with the numbers 0 to {num_classes - 1}"
+        )
+    try:
+        check_labels(targets, num_classes)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
 
 
 def _rows_by_path(

@@ -7,6 +7,7 @@ decision, and `test` is read once, for the report.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -93,21 +94,43 @@ def make_splits(
     # A group is known by its first example from here on.
     first = np.arange(n) if groups is None else _first_of_group(groups, n, pool)
     dealt = pool if groups is None else np.unique(first[pool])
-    unit = "examples" if groups is None else "groups"
-    requested = dict(zip(SPLIT_NAMES, (ranges, selection, confirmation, test), strict=True))
-    sizes = {name: _split_size(name, size, dealt.size, unit) for name, size in requested.items()}
+    requested: dict[str, int | float] = dict(
+        zip(SPLIT_NAMES, (ranges, selection, confirmation, test), strict=True)
+    )
+    parts = deal(dealt, requested, seed, "examples" if groups is None else "groups")
+    if groups is not None:
+        parts = {name: _members(part, first) for name, part in parts.items()}
+    return Splits(**parts, seed=seed)
+
+
+def deal(
+    pool: np.ndarray, requested: Mapping[str, int | float], seed: int, unit: str = "examples"
+) -> dict[str, np.ndarray]:
+    """A pool, shuffled with `seed`, in disjoint parts of the requested sizes.
+
+    Args:
+        pool: integers `[m]` to deal out.
+        requested: sizes of the parts, as `make_splits` takes them.
+        seed: seed of the shuffle.
+        unit: what the pool holds, for error messages.
+
+    Raises:
+        DataError: a part would be empty, or the pool is too small for all of them.
+
+    >>> {name: part.size for name, part in deal(np.arange(9), {"a": 2, "b": 0.5}, seed=0).items()}
+    {'a': 2, 'b': 4}
+    """
+    sizes = {name: _split_size(name, size, pool.size, unit) for name, size in requested.items()}
     needed = sum(sizes.values())
-    if needed > dealt.size:
+    if needed > pool.size:
         each = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise DataError(
-            f"the splits need {needed} {unit} ({each}) but {dealt.size} were found; "
-            f"ask for {needed - dealt.size} fewer or bring more data"
+            f"the splits need {needed} {unit} ({each}) but {pool.size} were found; "
+            f"ask for {needed - pool.size} fewer or bring more data"
         )
-    shuffled = np.random.default_rng(seed).permutation(dealt)[:needed]
-    parts = np.split(shuffled, np.cumsum(list(sizes.values()))[:-1])
-    if groups is not None:
-        parts = [_members(part, first) for part in parts]
-    return Splits(*parts, seed=seed)
+    shuffled = np.random.default_rng(seed).permutation(pool)[:needed]
+    ends = np.cumsum(list(sizes.values()))
+    return dict(zip(sizes, np.split(shuffled, ends[:-1]), strict=True)) if sizes else {}
 
 
 def check_disjoint(

@@ -65,18 +65,22 @@ def load_squad(
     *,
     max_length: int = 384,
     doc_stride: int = 128,
+    windows: bool = True,
     limit: int | None = None,
     name: str | None = None,
 ) -> Squad:
     """Questions from a file in SQuAD v1.1's JSON form.
 
-    A paragraph that does not fit beside its question is read in several overlapping windows.
+    A paragraph that does not fit beside its question is read in several overlapping windows, or
+    cut at its end.
 
     Args:
         path: the JSON file.
         tokenizer: what `load_tokenizer` returned.
         max_length: tokens of a window, question and special tokens included.
         doc_stride: tokens that neighbouring windows of a paragraph share.
+        windows: False keeps the first window of each question alone, so that an example is a
+            question; the rest of a long paragraph is not read.
         limit: keep only the first so many questions.
         name: what reports call the data; the file's name by default.
 
@@ -92,15 +96,17 @@ def load_squad(
     if not questions:
         raise DataError(f"{path}: no question to read (limit={limit}); expected at least one")
     tokenizer = prepared(tokenizer, max_length, pairs=True)
-    _check_room(path, tokenizer, questions, max_length, doc_stride)
-    tokenizer.enable_truncation(max_length, stride=doc_stride, strategy="only_second")
+    stride = doc_stride if windows else 0
+    _check_room(path, tokenizer, questions, max_length, stride)
+    tokenizer.enable_truncation(max_length, stride=stride, strategy="only_second")
     pairs = [(question.text, question.context) for question in questions]
-    windows, question_of = [], []
+    encodings, question_of = [], []
     for number, encoding in enumerate(tokenizer.encode_batch(pairs)):
-        windows += [encoding, *encoding.overflowing]
-        question_of += [number] * (1 + len(encoding.overflowing))
+        found = [encoding, *encoding.overflowing] if windows else [encoding]
+        encodings += found
+        question_of += [number] * len(found)
     question_of = np.array(question_of, np.int64)
-    offsets = np.stack([_context_offsets(window) for window in windows])
+    offsets = np.stack([_context_offsets(encoding) for encoding in encodings])
     spans = np.array(
         [
             _token_span(window, questions[number])
@@ -110,7 +116,7 @@ def load_squad(
     )
     groups = np.array([questions[number].paragraph for number in question_of], np.int64)
     targets = {"start": spans[:, 0], "end": spans[:, 1]}
-    dataset = Dataset(token_arrays(windows), targets, groups, name or path.stem)
+    dataset = Dataset(token_arrays(encodings), targets, groups, name or path.stem)
     return Squad(dataset, tuple(questions), question_of, offsets)
 
 

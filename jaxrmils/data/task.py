@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,9 @@ class Task:
         splits: which of them do what.
         training: indices of the examples the model was trained on, where they are known.
         unit: of the loss.
+        metrics: `metrics(outputs, indices) -> {name: [examples]}`, numbers in [0, 1] that people
+            judge the model by (top-1, F1), from its outputs on these examples of the data set;
+            `None` where the loss says it all.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Task:
     splits: Splits
     training: np.ndarray | None = None
     unit: str = "nats"
+    metrics: Callable[[Any, np.ndarray], Mapping[str, np.ndarray]] | None = None
 
     def load_params(self) -> Any:
         """The parameters; trains or loads them if need be."""

@@ -9,7 +9,7 @@ arrays and `AdhocBuilder` need TensorFlow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxrmils.data.dataset import DataError, Dataset
+from jaxrmils.data.rows import LazyRows
 
 Names = str | Mapping[str, str]
 
@@ -30,6 +31,7 @@ def load_tfds(
     targets: Names,
     groups: str | None = None,
     encode: Mapping[str, Callable[[list[Any]], Any]] | None = None,
+    lazy: Mapping[str, Callable[[Any], np.ndarray]] | None = None,
 ) -> Dataset:
     """Examples of a data set that TFDS has prepared on disk; nothing is downloaded.
 
@@ -45,28 +47,43 @@ def load_tfds(
             that returns a pytree of arrays `[examples, ...]`, such as
             `{"text": lambda texts: encode_texts(tokenizer, texts, max_length=64)}`. Texts come as
             `str`, images as uint8 `[height, width, channels]`.
+        lazy: for features that are read when their batch is asked for (see `LazyRows`), so that
+            large data sets never lie in memory: a function of one value that returns an array, of
+            one shape and dtype for all, such as `{"image": lambda x: resize_and_crop(x, 224)}`.
 
     Returns:
         The examples in TFDS's order; 64-bit integers become int32.
 
     Raises:
         DataError: a package is missing, the data set is not prepared, not in ArrayRecord or has no
-            such split or feature, or a feature needs `encode`.
+            such split or feature, a feature needs `encode`, or `lazy` is used wrongly. Also when a
+            lazy feature's batch is read and an example is damaged.
     """
-    source = _open_source(name, split, Path(data_dir))
-    encode = dict(encode or {})
+    encode, lazy = dict(encode or {}), dict(lazy or {})
+    source = _open_source(name, split, Path(data_dir), lazy)
     wanted = [*_features(inputs), *_features(targets), *([groups] if groups else [])]
     if not len(source):
         raise DataError(f"{name}: split {split!r} is empty")
     found = sorted(_flat(source[0]))
-    unknown = sorted({*wanted, *encode} - set(found))
+    unknown = sorted({*wanted, *encode, *lazy} - set(found))
     if unknown:
         raise DataError(f"{name} has no feature {unknown[0]!r}; its features are {found}")
-    examples = [{feature: flat[feature] for feature in wanted} for flat in map(_flat, source)]
+    both = sorted({*encode, *([groups] if groups else [])} & set(lazy))
+    if both:
+        raise DataError(f"{name}: feature {both[0]!r} is lazy; encode and groups need it at once")
+    now = [feature for feature in wanted if feature not in lazy]
+    examples = [{feature: flat[feature] for feature in now} for flat in map(_flat, source)]
     columns = {
         feature: _column(name, feature, [example[feature] for example in examples], encode)
         for feature in dict.fromkeys([*_features(inputs), *_features(targets)])
+        if feature not in lazy
     }
+    if lazy:
+        whole = _open_source(name, split, Path(data_dir))
+        columns |= {
+            feature: _lazy_column(f"{name}/{split}", feature, whole, make)
+            for feature, make in lazy.items()
+        }
     return Dataset(
         _pick(inputs, columns),
         _pick(targets, columns),
@@ -75,8 +92,22 @@ def load_tfds(
     )
 
 
-def _open_source(name: str, split: str, data_dir: Path) -> Any:
-    """TFDS's random access to a split, with errors that say what to do."""
+class _Undecoded:
+    """TFDS's decoder of a feature that nobody looks at."""
+
+    def setup(self, *, feature: Any) -> None:
+        """Takes nothing from the feature."""
+
+    def decode_example_np(self, example: Any) -> Any:
+        """The value as it is stored."""
+        return example
+
+
+def _open_source(name: str, split: str, data_dir: Path, skip: Iterable[str] = ()) -> Any:
+    """TFDS's random access to a split, with errors that say what to do.
+
+    Features in `skip` are not decoded.
+    """
     tfds = _import_tfds()
     prepare = (
         "prepare it where TensorFlow or the data are at hand: tfds.builder(name, data_dir=..., "
@@ -97,11 +128,49 @@ def _open_source(name: str, split: str, data_dir: Path) -> Any:
             f"array_record, which can be read without TensorFlow: {prepare}"
         )
     try:
-        return builder.as_data_source(split=split)
+        return builder.as_data_source(split=split, decoders=_nested(skip) or None)
     except (KeyError, ValueError) as error:
         raise DataError(
             f"{name} has no split {split!r}; its splits are {sorted(builder.info.splits)}"
         ) from error
+
+
+def _nested(features: Iterable[str]) -> dict[str, Any]:
+    """`{"outer": {"inner": decoder}}` for `"outer/inner"`."""
+    tree: dict[str, Any] = {}
+    for feature in features:
+        *outer, last = feature.split("/")
+        branch = tree
+        for key in outer:
+            branch = branch.setdefault(key, {})
+        branch[last] = _Undecoded()
+    return tree
+
+
+def _lazy_column(name: str, feature: str, source: Any, make: Callable[[Any], Any]) -> LazyRows:
+    def read(number: int) -> np.ndarray:
+        # Whatever a decoder raises for a damaged example.
+        try:
+            row = np.asarray(make(_flat(source[number])[feature]))
+        except Exception as error:
+            raise DataError(
+                f"{name}: feature {feature!r} of example {number} cannot be read "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        return row
+
+    first = read(0)
+
+    def alike(number: int) -> np.ndarray:
+        row = read(number)
+        if (row.shape, row.dtype) != (first.shape, first.dtype):
+            raise DataError(
+                f"{name}: feature {feature!r} of example {number} is {row.dtype}{list(row.shape)}, "
+                f"of example 0 {first.dtype}{list(first.shape)}; make them equal in lazy="
+            )
+        return row
+
+    return LazyRows(alike, (len(source), *first.shape), first.dtype)
 
 
 def _column(

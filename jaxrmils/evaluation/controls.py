@@ -230,7 +230,7 @@ class _Bench:
 
     @cached_property
     def fit_logits(self) -> Measured:
-        return self.simulation.run(self.fit_batches, keep_logits=True)
+        return self.simulation.run(self.fit_batches, keep_outputs=True)
 
     @cached_property
     def fit_targets(self) -> np.ndarray:
@@ -239,10 +239,10 @@ class _Bench:
     @cached_property
     def unfit(self) -> str:
         """Why temperatures do not apply; "" where they do."""
-        logits = self.fit_logits.logits
-        if logits is None:
+        if self.fit_logits.correct is None:
             return "the model is no classifier with one integer label for every example"
-        return unfit_for_temperature(logits, self.fit_targets, self.simulation.loss)
+        outputs = self.fit_logits.outputs
+        return unfit_for_temperature(outputs, self.fit_targets, self.simulation.loss)
 
     @cached_property
     def measured_plan(self) -> Measured:
@@ -251,7 +251,7 @@ class _Bench:
     @cached_property
     def temperature(self) -> Temperature:
         """The float model's."""
-        return fit_temperature(self.fit_logits.logits, self.fit_targets, self.simulation.loss)
+        return fit_temperature(self.fit_logits.outputs, self.fit_targets, self.simulation.loss)
 
     @cached_property
     def cooled_float(self) -> Measured:
@@ -287,7 +287,7 @@ class _Bench:
 
     def plan_at_temperature(self) -> _Row:
         s = self.simulation
-        logits = s.run(self.fit_batches, self.plan, keep_logits=True).logits
+        logits = s.run(self.fit_batches, self.plan, keep_outputs=True).outputs
         temperature = fit_temperature(logits, self.fit_targets, s.loss)
         measured = s.run(self.batches, self.plan, temperature=temperature.value)
         size = self.table.size_bits(self.plan.formats())

@@ -19,7 +19,7 @@ from jaxrmils.graph import Graph
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.policies import Plan
 from jaxrmils.policies.simulation import plan_switches
-from jaxrmils.sensitivity import Loss, all_off, perturbed_losses, weight_noise
+from jaxrmils.sensitivity import Loss, all_off, perturbed_outputs, weight_noise
 from jaxrmils.sensitivity.scores import check_targets, padded
 
 Batches = Iterable[tuple[Any, Any]]
@@ -36,12 +36,12 @@ class Measured:
     Attributes:
       loss: float64 [N].
       correct: bool [N], whether the largest logit is the label; None where targets are no labels.
-      logits: float32 [N, classes] where they were asked for, else None.
+      outputs: pytree of arrays [N, ...] where the outputs were asked for, else None.
     """
 
     loss: np.ndarray
     correct: np.ndarray | None
-    logits: np.ndarray | None = None
+    outputs: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class SimulatedModel:
         plan: Plan | None = None,
         *,
         temperature: float = 1.0,
-        keep_logits: bool = False,
+        keep_outputs: bool = False,
     ) -> Measured:
         """Per-example results of a plan.
 
@@ -74,8 +74,8 @@ class SimulatedModel:
           batches: `(inputs, targets)` batches; smaller ones than the first are filled up, so that
             they do not compile again.
           plan: what is quantized; None for the float model.
-          temperature: what logits are divided by, for a classifier (see `classifies`).
-          keep_logits: also return a classifier's logits, before the division.
+          temperature: what floating outputs are divided by before the loss.
+          keep_outputs: also return the outputs, before the division.
 
         Returns:
           Losses, and for a classifier which examples are right.
@@ -85,25 +85,25 @@ class SimulatedModel:
           PlanError: the plan quantizes an operand without a range.
         """
         switches = self._switches(plan)
-        size = jax.tree.leaves(batches[0][0])[0].shape[0] if batches else 0
-        losses, right, logits = [], [], []
+        size = 0
+        losses, right, kept = [], [], []
         for number, (inputs, targets) in enumerate(batches):
             check_targets(self.graph, inputs, targets, number)
             count = jax.tree.leaves(inputs)[0].shape[0]
+            size = size or count
             x, y = padded((inputs, targets), size)
-            found = self._step(self.params, self._noise, x, y, switches, jnp.float32(temperature))
-            found = np.asarray(found)[:count]
-            if found.ndim == 1:
-                losses.append(found)
-                continue
-            losses.append(found[:, 0])
-            right.append(np.argmax(found[:, 1:], axis=1) == np.asarray(targets))
-            if keep_logits:
-                logits.append(found[:, 1:])
+            loss, correct, outputs = self._step(
+                self.params, self._noise, x, y, switches, jnp.float32(temperature)
+            )
+            losses.append(np.asarray(loss)[:count])
+            if correct is not None:
+                right.append(np.asarray(correct)[:count])
+            if keep_outputs:
+                kept.append(jax.tree.map(lambda a, n=count: np.asarray(a)[:n], outputs))
         return Measured(
             joined(losses, "simulating"),
             np.concatenate(right) if right else None,
-            np.concatenate(logits) if logits else None,
+            jax.tree.map(lambda *parts: np.concatenate(parts), *kept) if kept else None,
         )
 
     def _switches(self, plan: Plan | None) -> Any:
@@ -117,22 +117,26 @@ class SimulatedModel:
 
     @cached_property
     def _step(self) -> Any:
-        """float32 [batch], or of a classifier [batch, 1 + classes]: losses, then logits."""
+        """Losses float32 [batch], a classifier's hits bool [batch], and the outputs."""
 
         def step(params: Any, noise: Any, x: Any, y: Any, switches: Any, temperature: Any) -> Any:
-            def judged(outputs: Any, targets: Any) -> Any:
-                if not classifies(outputs, targets):
-                    return self.loss(outputs, targets)
+            outputs = perturbed_outputs(self.graph, params, x, self.ranges, *switches, noise=noise)
+            losses = self.loss(cooled(outputs, temperature), y).astype(jnp.float32)
+            correct = None
+            if classifies(outputs, y):
                 (logits,) = jax.tree.leaves(outputs)
-                cooled = jax.tree.map(lambda z: z / temperature.astype(z.dtype), outputs)
-                losses = self.loss(cooled, targets).astype(jnp.float32)
-                return jnp.concatenate([losses[:, None], logits.astype(jnp.float32)], axis=1)
-
-            return perturbed_losses(
-                self.graph, params, x, y, judged, self.ranges, *switches, noise=noise
-            )
+                correct = jnp.argmax(logits, axis=1) == y
+            return losses, correct, outputs
 
         return jax.jit(step)
+
+
+def cooled(outputs: Any, temperature: Any) -> Any:
+    """Outputs with their floating leaves divided by a temperature, a float32 scalar."""
+    return jax.tree.map(
+        lambda z: z / temperature.astype(z.dtype) if jnp.issubdtype(z.dtype, jnp.floating) else z,
+        outputs,
+    )
 
 
 def classifies(outputs: Any, targets: Any) -> bool:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-from jaxrmils.evaluation.simulate import EvaluationError
+from jaxrmils.evaluation.simulate import EvaluationError, cooled
 from jaxrmils.sensitivity import Loss
 
 LOWEST, HIGHEST = 0.05, 20.0
@@ -50,8 +50,8 @@ def fit_temperature(logits: Any, targets: Any, loss: Loss) -> Temperature:
     point. Never worse than T = 1 on the fitting data.
 
     Args:
-      logits: float [N, classes].
-      targets: int [N].
+      logits: float [N, classes], or a pytree of outputs that are all divided.
+      targets: int [N], or what the loss takes.
       loss: `loss(logits, targets) -> [N]`.
 
     Returns:
@@ -66,8 +66,8 @@ def fit_temperature(logits: Any, targets: Any, loss: Loss) -> Temperature:
     >>> round(fitted.value, 2)  # 3 of 4 are right: log 3 = 4 / T
     3.64
     """
-    step = jax.jit(lambda z, y, t: loss(z / t.astype(z.dtype), y).astype(jnp.float32))
-    z, y = jnp.asarray(logits), jnp.asarray(targets)
+    step = jax.jit(lambda z, y, t: loss(cooled(z, t), y).astype(jnp.float32))
+    z, y = jax.tree.map(jnp.asarray, (logits, targets))
 
     def mean_loss(log_t: float) -> float:
         values = np.asarray(step(z, y, jnp.float32(np.exp(log_t))), np.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import jax
@@ -262,10 +263,9 @@ def _simulate(
         result = replace(result, alone=alone)
     if points and not all(layer.is_float for layer in plan.layers.values()):
         # One call for both splits compiles once.
-        data = [*batches, *(selection or ())]
-        found = attribute(
-            s.graph, s.params, plan, data, s.loss, s.ranges, points=points, progress=progress
-        )
+        others = selection or ()
+        data = progress(chain(batches, others), "attributing", len(batches) + len(others))
+        found = attribute(s.graph, s.params, plan, data, s.loss, s.ranges, points=points)
         n = sum(len(jax.tree.leaves(inputs)[0]) for inputs, _ in batches)
         total = found.change - found.residual
         result = replace(

@@ -90,7 +90,7 @@ class Simulator:
         return jax.jit(step)
 
     def on(self, params: Any, ranges: Ranges, batches: Sequence[tuple[Any, Any]]) -> Simulation:
-        """The simulation of these parameters on these examples.
+        """The simulation of these parameters on these examples, which it reads in every pass.
 
         Raises:
           PlanError: the ranges are another model's.
@@ -100,8 +100,9 @@ class Simulator:
         check_params(self.graph, params)
         if ranges.fingerprint != self.graph.fingerprint:
             raise PlanError("the ranges were calibrated on another model; calibrate this one")
-        data = [(x, y) for _, x, y in checked(self.graph, batches)]
-        return Simulation(self, params, self.noise(params), ranges, data)
+        for _ in checked(self.graph, batches):
+            pass
+        return Simulation(self, params, self.noise(params), ranges, batches)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,9 +168,13 @@ class Simulation:
 
     def _whole(self, inputs: Any, targets: Any) -> tuple[Any, Any, int]:
         """A batch filled up to the first one's size, so that it does not compile again."""
-        size = jax.tree.leaves(self.batches[0][0])[0].shape[0]
         count = jax.tree.leaves(inputs)[0].shape[0]
-        return *padded((inputs, targets), size), count
+        return *padded((inputs, targets), self._size), count
+
+    @functools.cached_property
+    def _size(self) -> int:
+        """Examples in the first batch."""
+        return jax.tree.leaves(self.batches[0][0])[0].shape[0]
 
 
 def plan_switches(

@@ -19,6 +19,7 @@ from jaxrmils.sensitivity.losses import token_cross_entropy as token_cross_entro
 from jaxrmils.sensitivity.losses import with_float_outputs as with_float_outputs
 from jaxrmils.sensitivity.perturb import all_off as all_off
 from jaxrmils.sensitivity.perturb import perturbed_losses as perturbed_losses
+from jaxrmils.sensitivity.perturb import perturbed_outputs as perturbed_outputs
 from jaxrmils.sensitivity.scores import Scores as Scores
 from jaxrmils.sensitivity.scores import score as score
 from jaxrmils.sensitivity.secant import Attribution as Attribution

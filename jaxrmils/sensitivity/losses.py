@@ -7,7 +7,7 @@ integrates the gradient along the way to the quantized network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -209,9 +209,22 @@ def with_float_outputs(
       ScoreError: no data, or an output that is not finite.
       TraceError: params or inputs that do not fit.
     """
+    result = list(float_outputs(graph, params, batches, progress=progress))
+    if not result:
+        raise ScoreError("the data holds no batches")
+    return result
+
+
+def float_outputs(
+    graph: Graph,
+    params: Any,
+    batches: Sequence[tuple[Any, Any]],
+    *,
+    progress: Progress = silent,
+) -> Iterator[tuple[Any, Any]]:
+    """The batches of `with_float_outputs` one by one, so that not all inputs lie in memory."""
     check_params(graph, params)
     apply = jax.jit(graph.apply)
-    result = []
     for number, (inputs, _) in enumerate(progress(batches, "float outputs", len(batches))):
         check_finite(inputs, f"batch {number}", leaf_names(inputs))
         outputs = jax.device_get(apply(params, inputs))
@@ -221,7 +234,4 @@ def with_float_outputs(
                     f"batch {number}: the float model's output {name or 'array'} holds NaN or "
                     "infinite values; finite ones were expected"
                 )
-        result.append((inputs, outputs))
-    if not result:
-        raise ScoreError("the data holds no batches")
-    return result
+        yield inputs, outputs

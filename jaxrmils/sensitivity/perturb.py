@@ -60,6 +60,39 @@ def perturbed_losses(
     Raises:
       ScoreError: the ranges are another model's, or the loss is not per example.
     """
+    outputs = perturbed_outputs(
+        graph,
+        params,
+        inputs,
+        ranges,
+        activation_switches,
+        weight_switches,
+        activation_candidates=activation_candidates,
+        weight_candidates=weight_candidates,
+        noise=noise,
+    )
+    losses, count = loss(outputs, targets), jax.tree.leaves(inputs)[0].shape[0]
+    if jnp.shape(losses) != (count,):
+        raise ScoreError(
+            f"loss returned shape {jnp.shape(losses)} for {count} examples; one value for every "
+            f"example was expected, shape ({count},). Do not average over the batch."
+        )
+    return losses.astype(jnp.float32)
+
+
+def perturbed_outputs(
+    graph: Graph,
+    params: Any,
+    inputs: Any,
+    ranges: Ranges,
+    activation_switches: Mapping[str, Any],
+    weight_switches: Mapping[str, Any],
+    *,
+    activation_candidates: Sequence[Candidate] = ACTIVATION_CANDIDATES,
+    weight_candidates: Sequence[Candidate] = WEIGHT_CANDIDATES,
+    noise: Mapping[str, tuple[Any, ...]] | None = None,
+) -> Any:
+    """The model's outputs with simulated quantization; arguments as in `perturbed_losses`."""
     check_ranges(graph, ranges)
     if noise is None:
         noise = weight_noise(graph, params, weight_candidates)
@@ -83,13 +116,7 @@ def perturbed_losses(
 
     leaves = jax.tree.leaves(params)
     outputs, _ = interpret(graph, handler, leaves, inputs, weights=noise, state=ranges.grids)
-    losses, count = loss(outputs, targets), jax.tree.leaves(inputs)[0].shape[0]
-    if jnp.shape(losses)[:1] != (count,):
-        raise ScoreError(
-            f"loss returned shape {jnp.shape(losses)} for {count} examples; one value for every "
-            f"example was expected, shape ({count},). Do not average over the batch."
-        )
-    return losses.astype(jnp.float32)
+    return outputs
 
 
 def switched_noise(deltas: Sequence[Any], switch: Any) -> Any:

@@ -11,6 +11,7 @@ from jaxrmils.zoo.bert import import_bert as import_bert
 from jaxrmils.zoo.bert import span_cross_entropy as span_cross_entropy
 from jaxrmils.zoo.cifar_resnet import CifarResNet as CifarResNet
 from jaxrmils.zoo.efficientnet_lite import EfficientNetLite as EfficientNetLite
+from jaxrmils.zoo.image_task import image_task as image_task
 from jaxrmils.zoo.importing import WeightError as WeightError
 from jaxrmils.zoo.importing import import_params as import_params
 from jaxrmils.zoo.importing import load_state_dict as load_state_dict
@@ -21,6 +22,8 @@ from jaxrmils.zoo.reference_model import Reference as Reference
 from jaxrmils.zoo.registry import reference as reference
 from jaxrmils.zoo.registry import reference_names as reference_names
 from jaxrmils.zoo.resnet import ResNet as ResNet
+from jaxrmils.zoo.squad_task import squad_task as squad_task
+from jaxrmils.zoo.text_task import text_task as text_task
 from jaxrmils.zoo.training import cross_entropy as cross_entropy
 from jaxrmils.zoo.training import evaluate_classifier as evaluate_classifier
 from jaxrmils.zoo.training import train_classifier as train_classifier

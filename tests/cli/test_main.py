@@ -174,7 +174,7 @@ def test_require_lossless_is_an_exit_code(folder):
         (["--config.policy.bits=(16,)"], USAGE, "policy.bits is (16,); expected 8, 4 or both"),
         (["--config.verify.points=0"], USAGE, "verify.points is 0"),
         (["--config.policy.weights=int3"], USAGE, "policy.weights is 'int3'"),
-        (["--config.batch_size=0"], USAGE, "batch_size 0"),
+        (["--config.batch_size=-1"], USAGE, "batch_size -1"),
         (["--config.batch_size=401"], USAGE, "batch_size is 401, but the data set has 400"),
         (["--config.task=tiny_task.py:broken_data"], BAD_INPUT, "NaN"),
         (["--config.task=tiny_task.py:not_a_task"], USAGE, "not a Task"),

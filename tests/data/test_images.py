@@ -178,3 +178,47 @@ def test_refusals(folder, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_pillow)
     with pytest.raises(DataError, match=r"^reading images needs Pillow.*jaxrmils\[data\]"):
         load_image_folder(folder, size=8)
+
+
+@pytest.mark.parametrize("normalization", [None, Normalization((9.0,), (3.0,))])
+def test_lazy_images_are_the_same(folder, tmp_path, normalization):
+    archive = tmp_path / "birds.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, seed in zip(NAMES, range(4), strict=True):
+            file.writestr(name, png(pixels(seed)))
+    for source in (folder, archive):
+        options = {"size": 8, "crop_padding": 2, "normalization": normalization}
+        lazy = load_image_folder(source, lazy=True, **options)
+        eager = load_image_folder(source, **options)
+        assert (lazy.inputs.shape, lazy.inputs.dtype) == (eager.inputs.shape, eager.inputs.dtype)
+        np.testing.assert_array_equal(lazy.targets, eager.targets)
+        found = np.concatenate([inputs for inputs, _ in lazy.take([3, 0, 1]).batches(2)])
+        np.testing.assert_array_equal(found, eager.inputs[[3, 0, 1]])
+
+
+def test_a_broken_lazy_image_is_named_when_it_is_met(folder):
+    (folder / "cat" / "torn.png").write_bytes(png(pixels(1))[:60])
+    data = load_image_folder(folder, size=12, lazy=True)
+    assert len(list(data.take([0, 1, 2]).batches(2))) == 2
+    with pytest.raises(DataError, match=r"birds: cat/torn.png cannot be read \(.*repair or remove"):
+        list(data.batches(2))
+
+
+def test_images_without_labels(folder):
+    (folder / "alone.png").write_bytes(png(pixels(7)))
+    data = load_image_folder(folder, size=12, labelled=False)
+    assert data.targets.tolist() == [-1] * 5 and data.targets.dtype == np.int32
+    with pytest.raises(DataError, match="labelled=False says that none are read"):
+        load_image_folder(folder, size=12, labelled=False, labels="labels.csv")
+
+
+def test_labels_must_mean_the_classes_of_the_model(folder, tmp_path):
+    assert load_image_folder(folder, size=12, num_classes=3).targets.tolist() == [0, 1, 1, 2]
+    with pytest.raises(DataError, match=r"names 3 classes \(ant, bird, cat.*predicts 10, so which"):
+        load_image_folder(folder, size=12, num_classes=10)
+    rows = [f"{name},{number}" for number, name in enumerate(NAMES)]
+    labels = write_labels(tmp_path / "labels.csv", rows)
+    numbers = load_image_folder(folder, size=12, labels=labels, num_classes=10).targets
+    assert numbers.tolist() == [NAMES.index(name) for name in sorted(NAMES)]
+    with pytest.raises(DataError, match=r"labels.csv: 1 label is out of range: .* for 3 classes"):
+        load_image_folder(folder, size=12, labels=labels, num_classes=3)

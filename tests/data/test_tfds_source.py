@@ -6,8 +6,10 @@ import sys
 import numpy as np
 import pytest
 from handwritten.handwritten_dataset_builder import WRITERS, Handwritten, record
+from image_files import image_config, write_checkpoint
 
-from jaxrmils.data import DataError, load_mnist5k, load_tfds
+from jaxrmils.data import DataError, load_mnist5k, load_tfds, resize_and_crop
+from jaxrmils.zoo import image_task, reference
 
 COUNT = 240
 
@@ -128,3 +130,50 @@ def test_missing_packages_are_named(package, tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(DataError, match=rf"{package} cannot be imported; .*jaxrmils\[tfds\]"):
         load(tmp_path)
+
+
+def test_lazy_features_are_read_with_their_batch(folder):
+    read = []
+
+    def halved(picture):
+        read.append(picture.shape)
+        return picture[::2, ::2]
+
+    data = load(folder, inputs={"small": "picture"}, lazy={"picture": halved})
+    assert len(read) == 1  # one example tells shape and dtype
+    expected = load(folder)
+    np.testing.assert_array_equal(data.targets, expected.targets)
+    part = data.take(np.arange(100, 110))
+    for start, (inputs, targets) in zip((0, 4, 8), part.batches(4), strict=True):
+        window = slice(100 + start, min(100 + start + 4, 110))
+        np.testing.assert_array_equal(inputs["small"], expected.inputs[window, ::2, ::2])
+        np.testing.assert_array_equal(targets, expected.targets[window])
+    assert len(read) == 11
+
+
+def test_lazy_features_that_cannot_be_read(folder):
+    def ragged(row):
+        return row
+
+    with pytest.raises(DataError, match=r"'row' of example \d+ is int64\[\d\], of example 0 int64"):
+        list(load(folder, inputs="row", lazy={"row": ragged}).batches(8))
+    with pytest.raises(DataError, match=r"'picture' of example 0 cannot be read \(KeyError: 5\)"):
+        load(folder, inputs="picture", lazy={"picture": lambda picture: {}[5]})
+    with pytest.raises(DataError, match="'picture' is lazy; encode and groups need it at once"):
+        load(folder, inputs="picture", groups="picture", lazy={"picture": np.asarray})
+
+
+def test_the_task_images_reads_tfds(folder, digits, tmp_path):
+    weights = write_checkpoint(reference("cifar_resnet20"), tmp_path / "weights.safetensors")
+    config = image_config("cifar_resnet20", "", weights, splits=(10, 20, 30, 40))
+    config.data.name, config.data.split = "handwritten", "test"
+    config.data.data_dir = str(folder)
+    task = image_task(config)
+    assert task.name == f"cifar_resnet20 on handwritten/test ({COUNT} images)"
+    images, labels = task.split("test").batches(40)[0]
+    serial = load(folder, targets="about/serial").targets[task.splits.test]
+    np.testing.assert_array_equal(labels, digits.targets[serial])
+    gray = np.round(digits.inputs[serial[0]] * 255).astype(np.uint8)
+    expected = resize_and_crop(np.repeat(gray, 3, axis=-1), 32)
+    np.testing.assert_array_equal(images[0], expected)
+    assert task.apply(task.load_params(), images[:2]).shape == (2, 10)

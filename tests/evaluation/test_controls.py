@@ -195,14 +195,14 @@ def test_temperatures_divide_the_logits(job, run):
 def test_one_compiled_function_serves_all_plans(job, monkeypatch):
     graph, params, ranges, scores, selection, held_out = job
     count = 0
-    original = simulate.perturbed_losses
+    original = simulate.perturbed_outputs
 
     def counted(*args, **kwargs):
         nonlocal count
         count += 1
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(simulate, "perturbed_losses", counted)
+    monkeypatch.setattr(simulate, "perturbed_outputs", counted)
     plan = jr.rmils(graph, scores, mu=0.0)
     controls(graph, params, plan, held_out, loss, ranges, fit_batches=selection, margin=0.01)
     assert count == 1

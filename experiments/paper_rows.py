@@ -1,0 +1,184 @@
+"""Rows of the paper's table: what is measured of a plan on one draw's test examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxrmils.data import Task
+from jaxrmils.evaluation.simulate import Measured
+from jaxrmils.graph import ModelTable
+from jaxrmils.policies import Plan
+from jaxrmils.statistics import accuracy_change, mean_interval
+
+# What the paper reports, on other weights and other data.
+PUBLISHED = {
+    "cifar": "ResNet-18 on ImageNet: float 69.77 / 89.07, loss 1.247004, 44.7 MB; RMILS 69.75 / "
+    "89.092, 1.246837, 12.27 MB, in under 5 minutes",
+    "resnet": "ResNet-18: float 69.77 / 89.07, loss 1.247004, 44.7 MB; RMILS 69.75 / 89.092, "
+    "1.246837, 12.27 MB, in under 5 minutes",
+    "efficientnet": "MobileNetV2: float 71.89 / 90.292, loss 1.14792, 13.6 MB; RMILS 71.882 / "
+    "90.298, 1.147831, 4.13 MB",
+    "mobilenet": "MobileNetV2: float 71.89 / 90.292, loss 1.14792, 13.6 MB; RMILS 71.882 / 90.298, "
+    "1.147831, 4.13 MB",
+    "minilm": "BERT-base on SQuAD: float EM 80.492, F1 88.1464, 421 MB; RMILS 80.5109 / 88.1458, "
+    "254.25 MB",
+    "bert": "BERT-base on SQuAD: float EM 80.492, F1 88.1464, 421 MB; RMILS 80.5109 / 88.1458, "
+    "254.25 MB",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan on one draw.
+
+    Attributes:
+      name: of the row.
+      loss: mean loss.
+      change: mean loss change against float, with its 95 % interval over examples: mean, lower,
+        upper.
+      above: is the interval wholly above the margin?
+      metrics: per metric, its mean and its change against float, both in [0, 1], the change's 95 %
+        interval over examples, and the one-sided 95 % upper bound of the drop.
+      megabytes: size of the model.
+      share: of the float model's size.
+      weight_bits: average bits of a weight.
+      formats: per layer.
+      seconds: calibration, scores and plan; None where nothing was searched.
+    """
+
+    name: str
+    loss: float
+    change: Sequence[float]
+    above: bool
+    metrics: dict[str, dict[str, Any]]
+    megabytes: float
+    share: float
+    weight_bits: float
+    formats: dict[str, str]
+    seconds: float | None
+
+    def summary(self) -> str:
+        """One line while the experiment runs."""
+        metrics = ", ".join(
+            f"{name} {100 * m['mean']:.2f} (drop at most {100 * m['drop']:.2f})"
+            for name, m in self.metrics.items()
+        )
+        mean, lower, upper = self.change
+        return (
+            f"{self.name}: {metrics}, loss {self.loss:.4f}, change {mean:+.5f} [{lower:+.5f}, "
+            f"{upper:+.5f}], {self.megabytes:.3f} MB ({100 * self.share:.1f} %)"
+        )
+
+
+def judged(
+    name: str,
+    task: Task,
+    plain: Measured,
+    run: Measured,
+    table: ModelTable,
+    plan: Plan | None,
+    margin: float,
+    seconds: float | None,
+) -> Row:
+    """A row from what the float model and a plan do on the test examples."""
+    indices, groups = task.splits.test, task.split("test").groups
+    metrics = {}
+    if task.metrics is not None:
+        before, after = task.metrics(plain.outputs, indices), task.metrics(run.outputs, indices)
+        metrics = {key: changed(before[key], after[key], groups) for key in before}
+    change = mean_interval(run.loss - plain.loss, groups=groups)
+    bits = table.float_bits if plan is None else table.size_bits(plan.formats())
+    rows = [row for row in table.layers if row.has_weight]
+    widths = {row.name: 32 if plan is None else plan.layers[row.name].weight_bits for row in rows}
+    weights = sum(row.weight_size for row in rows)
+    return Row(
+        name=name,
+        loss=float(run.loss.mean()),
+        change=(change.mean, change.lower, change.upper),
+        above=change.lower > margin,
+        metrics=metrics,
+        megabytes=bits / 8e6,
+        share=bits / table.float_bits,
+        weight_bits=sum(row.weight_size * widths[row.name] for row in rows) / weights,
+        formats={} if plan is None else {k: layer.format for k, layer in plan.layers.items()},
+        seconds=seconds,
+    )
+
+
+def changed(before: np.ndarray, after: np.ndarray, groups: Any) -> dict[str, Any]:
+    """A metric's mean and its paired change; Tango's bound where it is right or wrong."""
+    change = mean_interval(after - before, groups=groups)
+    if set(np.unique([before, after])) <= {0.0, 1.0}:
+        drop = accuracy_change(before == 1.0, after == 1.0, groups=groups).drop_upper
+    else:
+        drop = mean_interval(before - after, level=0.9, groups=groups).upper
+    return {
+        "mean": float(after.mean()),
+        "change": (change.mean, change.lower, change.upper),
+        "drop": float(drop),
+    }
+
+
+def markdown(draws: Sequence[Sequence[Row]], config: Any) -> list[str]:
+    """The table: means over draws, with Student's 95 % intervals over draws."""
+    names = list(draws[0][0].metrics)
+    head = ["", *names, "loss", "change of the loss", "over examples", "above the margin"]
+    head += [f"{name}: drop at most" for name in names if name != "Acc@5"]
+    head += ["MB", "% of float", "weight bits", "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for rows in zip(*draws, strict=True):
+        lines.append("| " + " | ".join(_cells(rows, names)) + " |")
+    sizes = ", ".join(f"{count:,} for {name}" for name, count in config.splits.items())
+    what = "groups" if config.task == "squad" else "examples"
+    lines += [
+        "",
+        f"{len(draws)} draws of {what}: {sizes}. `change of the loss` ± over draws, `over "
+        "examples` the half width of a draw's own 95 % interval, `drop at most` the mean of the "
+        "draws' one-sided 95 % upper bounds. Seconds are medians: calibration, scores and plan.",
+    ]
+    for key, words in PUBLISHED.items():
+        if key in config.model.name:
+            lines += ["", f"Published, on other weights: {words}."]
+            break
+    lines += ["", "Formats of the `lossless` plan of the first draw:", ""]
+    (plan,) = (row for row in draws[0] if row.name == "lossless")
+    by_format: dict[str, list[str]] = {}
+    for layer, format_ in plan.formats.items():
+        by_format.setdefault(format_, []).append(f"`{layer}`")
+    lines += [f"- {format_}: {', '.join(layers)}" for format_, layers in by_format.items()]
+    return lines
+
+
+def _cells(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    halves = [(row.change[2] - row.change[1]) / 2 for row in rows]
+    seconds = [row.seconds for row in rows if row.seconds is not None]
+    return [
+        rows[0].name,
+        *(_over([100 * row.metrics[name]["mean"] for row in rows], 2) for name in names),
+        _over([row.loss for row in rows], 4),
+        _over([row.change[0] for row in rows], 4),
+        f"± {np.median(halves):.4f}",
+        f"{sum(row.above for row in rows)} of {len(rows)}",
+        *(
+            f"{np.mean([100 * row.metrics[name]['drop'] for row in rows]):.2f}"
+            for name in names
+            if name != "Acc@5"
+        ),
+        _over([row.megabytes for row in rows], 3),
+        _over([100 * row.share for row in rows], 1),
+        _over([row.weight_bits for row in rows], 2),
+        f"{np.median(seconds):.0f}" if seconds else "",
+    ]
+
+
+def _over(values: Sequence[float], digits: int) -> str:
+    """Mean and half of Student's interval over draws."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return f"{values[0]:.{digits}f}"
+    interval = mean_interval(np.array(values), method="t")
+    half = (interval.upper - interval.lower) / 2
+    return f"{interval.mean:.{digits}f} ± {half:.{digits}f}"

@@ -1,0 +1,76 @@
+"""The batch that is said to fit does, and a batch that is much larger does not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrmils as jr
+from jaxrmils.sensitivity import ScoreError, contributions
+from jaxrmils.sensitivity.batch_size import example_bytes, fitting_batch_size
+from jaxrmils.zoo import cross_entropy
+
+SIDE, WIDTH, DEPTH = 16, 8, 4
+
+
+def apply(params, x):
+    x = x.astype(jnp.float32)
+    for kernel in params["kernels"]:
+        x = jnp.tanh(
+            jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
+        )
+    return x.mean(axis=(1, 2)) @ params["head"] + params["counts"].astype(jnp.float32)
+
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+PARAMS = {
+    "kernels": [np.full((3, 3, WIDTH, WIDTH), 0.01, np.float32)] * DEPTH,
+    "head": np.ones((WIDTH, 5), np.float32),
+    "counts": np.zeros(5, np.int32),
+}
+IMAGES = np.random.default_rng(0).integers(0, 9, (40, SIDE, SIDE, WIDTH)).astype(np.uint8)
+LABELS = np.zeros(40, np.int32)
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return jr.trace(apply, PARAMS, IMAGES[:1])
+
+
+def test_what_a_step_keeps_is_counted_once_per_example(graph):
+    # Every layer keeps its input and tanh's output, which is the next one's input.
+    layer = SIDE * SIDE * WIDTH * 4
+    found = example_bytes(graph, PARAMS, cross_entropy, IMAGES, LABELS)
+    assert DEPTH * layer <= found <= (2 * DEPTH + 1) * layer
+
+
+def test_the_scoring_step_fits(graph):
+    ranges = jr.calibrate(graph, PARAMS, [IMAGES[:4]])
+    limit = 4 * 10**6
+
+    def temporary(count):
+        step = jax.jit(lambda p, x, y: contributions(graph, p, x, y, cross_entropy, ranges))
+        compiled = step.lower(PARAMS, IMAGES[:count], LABELS[:count]).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    size = fitting_batch_size(graph, PARAMS, cross_entropy, IMAGES, LABELS, memory_bytes=limit)
+    assert 2 <= size < 40
+    assert limit / 10 < temporary(size) < limit
+
+
+def test_the_size_follows_the_memory(graph):
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (PARAMS, IMAGES[:1], LABELS[:1])
+    )
+
+    def size(memory_bytes):
+        params, inputs, targets = shapes
+        return fitting_batch_size(
+            graph, params, cross_entropy, inputs, targets, memory_bytes=memory_bytes
+        )
+
+    sizes = [size(10**n) for n in (1, 6, 7, 12)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 1 and sizes[1] < sizes[2] and sizes[-1] == 250
+    with pytest.raises(ScoreError, match="memory_bytes is 0"):
+        size(0)
