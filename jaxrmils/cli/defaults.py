@@ -34,11 +34,13 @@ def base_config() -> Any:
     config.data.data_dir = ""
     config.data.files = ""  # images: folder or zip; squad: JSON; texts: CSV
     config.data.labels = ""  # images: CSV with the columns file and label, else folders are classes
+    config.data.where = ()  # rows of that table, as in split=heldout; () for all
     config.data.examples = 0  # use only so many, drawn by the seed; 0 for all
     config.data.trained_on = False  # the model has seen them: good for ranges, never for a verdict
     # Further files of the same form, for the splits named below only.
     config.data.calibration = ""
     config.data.calibration_labels = ""
+    config.data.calibration_where = ()
     config.data.calibration_splits = ("ranges",)  # or ("ranges", "selection")
     config.data.calibration_trained_on = False
     config.batch_size = 125  # 0 for as many examples as fit into 2 GB

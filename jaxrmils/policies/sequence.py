@@ -91,6 +91,13 @@ class MeasuredPlan:
         """
         return max(float(self.change.mean()), 0.0) + errors * self.standard_error
 
+    def clearance(self, margin: float) -> float:
+        """How many standard errors the change, if not a gain, stays below a margin."""
+        room = margin - self.bound(0.0)
+        if self.standard_error == 0.0:
+            return math.copysign(math.inf, room)
+        return room / self.standard_error
+
 
 def plan_sequence(
     simulation: Simulation,
@@ -333,33 +340,53 @@ def _in_format(row: LayerRow, name: str, directions: Directions | None) -> Layer
 
 
 def _frontier(measured: Any, margin: float, search: Search) -> list[MeasuredPlan]:
-    """Quantized plans that no other beats in both saving and bound, least compressed first."""
+    """Quantized plans that no other beats in both saving and clearance, least compressed first."""
+
+    def merit(each: MeasuredPlan) -> tuple[float, float]:
+        return each.clearance(margin), -each.bound(search.caution)
+
     plans = sorted(
         (m for m in measured if any(not layer.is_float for layer in m.plan.layers.values())),
-        key=lambda m: (-m.saving, m.bound(search.caution)),
+        key=lambda m: (m.saving, merit(m)),
+        reverse=True,
     )
-    best, kept = math.inf, []
+    best, kept = (-math.inf, -math.inf), []
     for each in plans:
-        if each.bound(search.caution) < best:
-            best = each.bound(search.caution)
+        if merit(each) > best:
+            best = merit(each)
             kept.append(each)
-    hopeful = [m for m in kept if m.bound(-2.0) <= margin]
+    hopeful = [m for m in kept if m.clearance(margin) >= HOPELESS]
     return (hopeful or kept[-1:])[::-1]
+
+
+# Clearances at which plans are tested, in standard errors on the selection data: hardly any plan
+# with more than the first fails on other data, hardly any with less than the second passes.
+SAFE, HOPELESS = 8.0, -2.0
 
 
 def _thinned(
     plans: Sequence[MeasuredPlan], margin: float, search: Search
 ) -> tuple[MeasuredPlan, ...]:
-    """At most `search.length` plans of the frontier, most of them around the last that fits."""
-    fitting = sum(each.bound(search.caution) <= margin for each in plans)
-    return tuple(plans[i] for i in _around(fitting - 1, len(plans), search.length))
+    """At most `search.length` plans of the frontier: the first, and the most compressed of each
+    of several clearances, which lie dense around `search.caution`.
+    """
+    if len(plans) <= search.length:
+        return tuple(plans)
+    clearances = np.array([each.clearance(margin) for each in plans])  # falling
+    steps = np.linspace(1.0, -1.0, search.length - 1) if search.length > 1 else np.array([])
+    reach = np.where(steps > 0, SAFE - search.caution, search.caution - HOPELESS)
+    levels = search.caution + np.sign(steps) * steps**2 * np.maximum(reach, 0.0)
+    chosen = {0} | {int(np.sum(clearances >= level)) - 1 for level in levels} - {-1}
+    # Levels that met the same plan leave room for others at the margin.
+    nearest = np.argsort(np.abs(clearances - search.caution), kind="stable")
+    others = [int(index) for index in nearest if index not in chosen]
+    return tuple(plans[i] for i in sorted([*chosen, *others[: search.length - len(chosen)]]))
 
 
 def _around(center: int, count: int, wanted: int) -> list[int]:
     """At most `wanted` of the indices below `count`: dense around one of them, wider further off.
 
-    A third of them lies behind the center, where only other data can tell what still fits; those
-    before it are fallbacks down to the first.
+    A third of them lies behind the center, those before it reach down to the first.
 
     >>> _around(20, 40, 9)
     [0, 11, 16, 18, 19, 20, 21, 23, 28]

@@ -29,7 +29,7 @@ def check_file_options(config: Any, task: str, kind: str, needed: Sequence[str])
     for field in needed:
         if not config.model[field]:
             raise DataError(f"config.model.{field} is empty; the task {task!r} needs its path")
-    for field in ("name", "labels", "calibration_labels"):
+    for field in ("name", "labels", "where", "calibration_labels", "calibration_where"):
         if config.data[field]:
             raise DataError(
                 f"config.data.{field} is {config.data[field]!r}, which the task {task!r} does not "

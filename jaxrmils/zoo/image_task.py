@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ def image_task(config: Any, progress: Progress = silent) -> Task:
         config: with `seed`, `splits`, `model` (`name`, `weights`) and `data`, as in
             `jaxrmils.cli.defaults`. A TFDS data set has the features `image` and `label`. A
             folder's or archive's images lie in folders named after their classes, or
-            `data.labels` is a CSV file with the columns `file` and `label`. Images of
+            `data.labels` is a CSV file with the columns `file` and `label`, of which `data.where`
+            chooses rows. Images of
             `data.calibration` that only give ranges need no labels.
         progress: not used.
 
@@ -151,14 +152,17 @@ def _main_data(data: Any, network: Reference) -> Dataset:
             "--config.data.name=imagenet2012 --config.data.data_dir=FOLDER that TFDS has prepared"
         )
     if data.files:
-        return _folder("files", data.files, data.labels, network)
+        return _folder("files", data.files, data.labels, data.where, network)
     if not data.data_dir:
         raise DataError(
             f"config.data.data_dir is empty; where has TFDS prepared {data.name}? "
             "--config.data.data_dir=FOLDER"
         )
-    if data.labels:
-        raise DataError("config.data.labels is for config.data.files; TFDS has its own labels")
+    if data.labels or data.where:
+        raise DataError(
+            "config.data.labels and config.data.where are for config.data.files; TFDS has its own "
+            "labels"
+        )
     found = load_tfds(
         data.name,
         data.split,
@@ -178,13 +182,24 @@ def _calibration_data(data: Any, network: Reference) -> Dataset:
             "leave config.data.calibration empty to split the one set of files"
         )
     labelled = bool(data.calibration_labels) or "selection" in data.calibration_splits
-    return _folder("calibration", data.calibration, data.calibration_labels, network, labelled)
+    labels, where = data.calibration_labels, data.calibration_where
+    return _folder("calibration", data.calibration, labels, where, network, labelled)
 
 
 def _folder(
-    field: str, files: str, labels: str, network: Reference, labelled: bool = True
+    field: str,
+    files: str,
+    labels: str,
+    where: Sequence[str],
+    network: Reference,
+    labelled: bool = True,
 ) -> Dataset:
     """Images of `config.data.{field}`, read when their batch is asked for."""
+    pairs = [entry.partition("=") for entry in where]
+    if not all(column and separator for column, separator, _ in pairs):
+        raise DataError(
+            f"config.data: where holds {list(where)!r}; write column=value, as in split=heldout"
+        )
     for path in (files, labels):
         if path and not Path(path).exists():
             raise DataError(f"config.data.{field}: {path} does not exist")
@@ -193,6 +208,7 @@ def _folder(
         size=network.input_size,
         crop_padding=network.crop_padding,
         labels=labels or None,
+        where={column: value for column, _, value in pairs},
         num_classes=_module(network).num_classes,
         labelled=labelled,
         lazy=True,
