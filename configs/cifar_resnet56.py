@@ -21,9 +21,10 @@ def get_config():
     config.model.name = "cifar_resnet56"
     config.splits.ranges = 250
     config.splits.selection = 1_500
-    config.splits.confirmation = 4_000
-    config.splits.test = 4_000
+    config.splits.confirmation = 5_000
+    config.splits.test = 3_250
     config.batch_size = 0
     config.policy.formats = ("w8a8", "w4a8")
+    config.policy.length = 16
     config.verify.margin = 0.01
     return config

@@ -12,7 +12,7 @@ from jaxrmils.data import Task
 from jaxrmils.evaluation.simulate import Measured
 from jaxrmils.graph import ModelTable
 from jaxrmils.policies import Plan
-from jaxrmils.statistics import accuracy_change, mean_interval
+from jaxrmils.statistics import mean_interval, metric_change
 
 # What the paper reports, on other weights and other data.
 PUBLISHED = {
@@ -89,7 +89,7 @@ def judged(
     metrics = {}
     if task.metrics is not None:
         before, after = task.metrics(plain.outputs, indices), task.metrics(run.outputs, indices)
-        metrics = {key: changed(before[key], after[key], groups) for key in before}
+        metrics = {key: _changed(key, before[key], after[key], groups) for key in before}
     change = mean_interval(run.loss - plain.loss, groups=groups)
     bits = table.float_bits if plan is None else table.size_bits(plan.formats())
     rows = [row for row in table.layers if row.has_weight]
@@ -109,17 +109,12 @@ def judged(
     )
 
 
-def changed(before: np.ndarray, after: np.ndarray, groups: Any) -> dict[str, Any]:
-    """A metric's mean and its paired change; Tango's bound where it is right or wrong."""
-    change = mean_interval(after - before, groups=groups)
-    if set(np.unique([before, after])) <= {0.0, 1.0}:
-        drop = accuracy_change(before == 1.0, after == 1.0, groups=groups).drop_upper
-    else:
-        drop = mean_interval(before - after, level=0.9, groups=groups).upper
+def _changed(name: str, before: np.ndarray, after: np.ndarray, groups: Any) -> dict[str, Any]:
+    found = metric_change(name, before, after, groups=groups)
     return {
-        "mean": float(after.mean()),
-        "change": (change.mean, change.lower, change.upper),
-        "drop": float(drop),
+        "mean": found.quantized_mean,
+        "change": (found.change.mean, found.change.lower, found.change.upper),
+        "drop": found.drop_upper,
     }
 
 

@@ -19,9 +19,11 @@ from jaxrmils.evaluation.page import (
     read_run,
     report_page,
 )
-from jaxrmils.evaluation.spreadsheet import controls_csv, layers_csv
+from jaxrmils.evaluation.spreadsheet import controls_csv, layers_csv, metrics_csv
 
 REPORT_KIND, RUN_KIND = "jaxrmils report", "jaxrmils run"
+SPREADSHEETS = ("layers", "controls", "metrics")
+"""What is written as CSV, in the order of `write_spreadsheets`."""
 
 
 @dataclass(frozen=True)
@@ -76,21 +78,26 @@ def write_page(
 
 
 def write_spreadsheets(
-    report: Report | Mapping[str, Any], layers: PathLike, controls: PathLike
+    report: Report | Mapping[str, Any],
+    layers: PathLike,
+    controls: PathLike,
+    metrics: PathLike | None = None,
 ) -> None:
-    """Writes a report's layers and controls as two CSV files, each at once or not at all.
+    """Writes a report's layers, controls and metrics as CSV files, each at once or not at all.
 
     Args:
       report: from `verify`, or the dict of a saved `report.json`.
       layers: the file with one row a layer.
       controls: the file with one row a plan.
+      metrics: the file with one row a metric; None for no such file.
 
     Raises:
       EvaluationError, ArtifactError, OSError: as `write_page`.
     """
-    first, second = layers_csv(report), controls_csv(report)
-    replace_file(layers, first.encode())
-    replace_file(controls, second.encode())
+    texts = layers_csv(report), controls_csv(report), metrics_csv(report)
+    for path, text in zip((layers, controls, metrics), texts, strict=True):
+        if path is not None:
+            replace_file(path, text.encode())
 
 
 def _checked(path: Path, read: Any) -> Any:

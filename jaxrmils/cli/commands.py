@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.text import Text
@@ -17,13 +19,17 @@ from jaxrmils.cli import pipeline
 from jaxrmils.cli.config import ConfigError, apply_overrides, load_config
 from jaxrmils.cli.defaults import base_config
 from jaxrmils.cli.printing import print_saved
-from jaxrmils.data import DataError
+from jaxrmils.data import DataError, Task
 from jaxrmils.evaluation import (
     EvaluationError,
+    Measured,
     coverage_table,
     measure,
+    metric_changes,
+    metric_line,
     wide_console,
 )
+from jaxrmils.evaluation.metrics import TOP_1
 from jaxrmils.graph import TraceError, tabulate
 from jaxrmils.numerics import CalibrationError, format_size
 from jaxrmils.policies import PlanError
@@ -143,19 +149,7 @@ def inspect(args: argparse.Namespace) -> Outcome:
 def evaluate(args: argparse.Namespace) -> Outcome:
     """A saved model on one split."""
     folder = Path(args.run_folder)
-    info = artifacts.load_record(folder / "run.json", pipeline.RUN_KIND)
-    path = args.config or info.get("config_file") or None
-    if args.config:
-        config = load_config(args.config, args.overrides)
-    else:
-        config = apply_overrides(_restored(info["config"]), args.overrides)
-    task = pipeline.make_task(config, path, _progress(args))
-    if task.splits.fingerprint != info["splits"]:
-        raise DataError(
-            f"{folder}: the run's splits have the fingerprint {info['splits'][:12]}, this task's "
-            f"have {task.splits.fingerprint[:12]}: other data, sizes or seed, so that examples "
-            "that chose the plan could judge it"
-        )
+    config, task = _task_of(folder, args)
     model = artifacts.load_model(folder / "model", task.apply)
     config = pipeline.with_batch_size(config, model.graph, task)
     params = None
@@ -172,37 +166,68 @@ def evaluate(args: argparse.Namespace) -> Outcome:
         )
     split = task.split(args.split)
     held_out = pipeline.batches(split, config.batch_size)
-    after = measure(model.graph, model, held_out, task.loss, progress=_progress(args))
-    data: dict[str, Any] = {
-        "run": str(folder),
-        "split": args.split,
-        "examples": len(after.loss),
-        "loss": float(after.loss.mean()),
-        "accuracy": None if after.correct is None else float(after.correct.mean()),
-        "size_bits": model.size_bits,
-    }
-    lines = [
-        f"{task.name}: {args.split}, {len(after.loss)} examples",
-        f"Loss       {data['loss']:.5f}",
-    ]
-    if after.correct is not None:
-        lines.append(f"Accuracy   {100 * data['accuracy']:.2f} %")
+    metrics = pipeline.metrics_on(task, args.split)
+    run = partial(measure, model.graph, batches=held_out, loss=task.loss, metrics=metrics)
+    after = run(model, progress=_progress(args))
+    data, lines = _measured(task, args.split, after)
+    data |= {"run": str(folder), "size_bits": model.size_bits}
     passed = False
     if params is not None:
-        before = measure(model.graph, lambda x: task.apply(params, x), held_out, task.loss)
+        before = run(lambda x: task.apply(params, x))
         margin = config.verify.margin or artifacts.load_run(folder).report.test.margin
-        test = noninferiority(
-            after.loss - before.loss, margin=margin, alpha=config.verify.alpha, groups=split.groups
-        )
+        options = {"alpha": config.verify.alpha, "groups": split.groups}
+        test = noninferiority(after.loss - before.loss, margin=margin, **options)
+        changes = metric_changes(before.metrics, after.metrics, **options)
         passed = test.passed
         data |= {"float_loss": float(before.loss.mean()), "change": asdict(test)}
+        data["metric_changes"] = [asdict(change) for change in changes]
         data["verdict"] = verdict_words(test, unit=task.unit)
+        lines += [metric_line(change) for change in changes]
         lines += [f"Float loss {data['float_loss']:.5f}", f"Verdict    {data['verdict']}"]
         if args.split != "test":
             lines.append(f"Note       the {args.split} split is no held-out data: no certificate")
             passed = False
+    else:
+        lines += [f"{name:<10} {100 * mean:.2f} %" for name, mean in data["metrics"].items()]
     _console(args).print(Text("\n".join(lines)))
     return Outcome(data, passed)
+
+
+def _task_of(folder: Path, args: argparse.Namespace) -> tuple[Any, Task]:
+    """A run's config and its task, whose splits must be the run's."""
+    info = artifacts.load_record(folder / "run.json", pipeline.RUN_KIND)
+    path = args.config or info.get("config_file") or None
+    if args.config:
+        config = load_config(args.config, args.overrides)
+    else:
+        config = apply_overrides(_restored(info["config"]), args.overrides)
+    task = pipeline.make_task(config, path, _progress(args))
+    if task.splits.fingerprint != info["splits"]:
+        raise DataError(
+            f"{folder}: the run's splits have the fingerprint {info['splits'][:12]}, this task's "
+            f"have {task.splits.fingerprint[:12]}: other data, sizes or seed, so that examples "
+            "that chose the plan could judge it"
+        )
+    return config, task
+
+
+def _measured(task: Task, split: str, after: Measured) -> tuple[dict[str, Any], list[str]]:
+    """The integer model's means, as data and in words; metrics' words come with their changes."""
+    data: dict[str, Any] = {
+        "split": split,
+        "examples": len(after.loss),
+        "loss": float(after.loss.mean()),
+        "accuracy": None if after.correct is None else float(after.correct.mean()),
+        "metrics": {name: float(values.mean()) for name, values in after.metrics.items()},
+    }
+    lines = [
+        f"{task.name}: {split}, {len(after.loss)} examples",
+        f"Loss       {data['loss']:.5f}",
+    ]
+    told = TOP_1 in after.metrics and np.array_equal(after.metrics[TOP_1], after.correct)
+    if after.correct is not None and not told:
+        lines.append(f"Accuracy   {100 * data['accuracy']:.2f} %")
+    return data, lines
 
 
 def _restored(fields: dict[str, Any]) -> ConfigDict:

@@ -145,8 +145,8 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
-    """Prints a saved run's tables and writes report.html, which opens offline, layers.csv and
-    controls.csv into its folder. Needs neither the model nor the data.
+    """Prints a saved run's tables and writes report.html, which opens offline, layers.csv,
+    controls.csv and metrics.csv into its folder. Needs neither the model nor the data.
     """
     parser.add_argument("run_folder", metavar="RUN", help="a folder that quantize or demo wrote")
     parser.add_argument(

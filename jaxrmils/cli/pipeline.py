@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 from jaxrmils import artifacts
-from jaxrmils.artifacts.report_files import REPORT_KIND, RUN_KIND
+from jaxrmils.artifacts.report_files import REPORT_KIND, RUN_KIND, SPREADSHEETS
 from jaxrmils.cli.checks import check_config, forced, search_of
 from jaxrmils.cli.config import ConfigError, resolve_function
 from jaxrmils.data import Batches, DataError, Dataset, Splits, Task, check_disjoint
 from jaxrmils.data.splits import SPLIT_NAMES
-from jaxrmils.evaluation import Report, verify
+from jaxrmils.evaluation import Metrics, Report, verify
 from jaxrmils.graph import Graph, tabulate, trace
 from jaxrmils.lowering import QuantizedModel, quantize
 from jaxrmils.numerics import Ranges, calibrate
@@ -230,6 +230,12 @@ def without_labels(
     )
 
 
+def metrics_on(task: Task, split: str) -> Metrics | None:
+    """The task's metrics of the outputs on one split, in its order; None where it has none."""
+    metrics, indices = task.metrics, getattr(task.splits, split)
+    return None if metrics is None else lambda outputs: metrics(outputs, indices)
+
+
 def run(config: Any, path: str | Path | None = None, progress: Progress = silent) -> Result:
     """Runs the main job.
 
@@ -321,6 +327,7 @@ def _verified(
         margin=search.margin if search else settings.margin or None,
         alpha=settings.alpha,
         groups=test.groups,
+        metrics=metrics_on(task, "test"),
         layers=settings.layers,
         attributed=settings.attribute,
         points=settings.points,
@@ -373,8 +380,9 @@ def save(result: Result, config: Any, path: str | Path | None, out: str | Path) 
     artifacts.save_record(info, out / "run.json", RUN_KIND)
     saved = artifacts.load_run(out)
     artifacts.write_page(saved.document, out / "report.html", saved.run)
-    artifacts.write_spreadsheets(saved.document, out / "layers.csv", out / "controls.csv")
-    records = ["run.json", "report.json", "report.html", "layers.csv", "controls.csv"]
+    sheets = [f"{name}.csv" for name in SPREADSHEETS]
+    artifacts.write_spreadsheets(saved.document, *(out / name for name in sheets))
+    records = ["run.json", "report.json", "report.html", *sheets]
     return [*written, "model", *records]
 
 

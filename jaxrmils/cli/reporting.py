@@ -14,7 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxrmils.artifacts.files import replace_file
-from jaxrmils.artifacts.report_files import RunFolder, load_run, write_page, write_spreadsheets
+from jaxrmils.artifacts.report_files import (
+    SPREADSHEETS,
+    RunFolder,
+    load_run,
+    write_page,
+    write_spreadsheets,
+)
 from jaxrmils.cli.commands import Outcome
 from jaxrmils.cli.config import ConfigError
 from jaxrmils.cli.printing import print_saved
@@ -25,7 +31,7 @@ from jaxrmils.evaluation.page import (
     compare,
     compare_page,
 )
-from jaxrmils.evaluation.page.comparing import accuracy, decision, differs
+from jaxrmils.evaluation.page.comparing import decision, differs, judged
 from jaxrmils.evaluation.page.words import between, change, formats, percent, sizes
 
 
@@ -33,23 +39,23 @@ def report(args: argparse.Namespace) -> Outcome:
     """A saved run's tables again, its page and its spreadsheets."""
     _no_overrides(args)
     folder = load_run(args.run_folder)
-    page, layers, controls = _targets(folder.path, args.out)
+    page, *sheets = _targets(folder.path, args.out)
     write_page(folder.document, page, folder.run)
-    write_spreadsheets(folder.document, layers, controls)
+    write_spreadsheets(folder.document, *sheets)
     console = _console(args)
     print_saved(folder.report, console)
-    console.print(Text(f"Files      {page}, {layers}, {controls}"))
+    console.print(Text(f"Files      {', '.join(map(str, (page, *sheets)))}"))
     return Outcome(folder.document, folder.report.test.passed)
 
 
-def _targets(folder: Path, out: str | None) -> tuple[Path, Path, Path]:
+def _targets(folder: Path, out: str | None) -> tuple[Path, ...]:
     """The page and the spreadsheets: in the run's folder, or beside the page that is asked for."""
     if out is None:
-        return folder / "report.html", folder / "layers.csv", folder / "controls.csv"
+        return folder / "report.html", *(folder / f"{name}.csv" for name in SPREADSHEETS)
     page = Path(out)
     if page.suffix not in (".html", ".htm"):
         raise ConfigError(f"--out is {out}; the name of an .html file was expected")
-    return page, page.with_suffix(".layers.csv"), page.with_suffix(".controls.csv")
+    return page, *(page.with_suffix(f".{name}.csv") for name in SPREADSHEETS)
 
 
 def compare_runs(args: argparse.Namespace) -> Outcome:
@@ -95,7 +101,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         ("Δloss", lambda r: change(r.report.measured)),
         ("bounds", lambda r: between(r.report.test.lower_bound, r.report.test.upper_bound)),
         ("margin", lambda r: f"{r.report.test.margin:.6g}"),
-        ("accuracy", lambda r: accuracy(r.report)),
+        *judged(runs),
         ("examples", lambda r: f"{r.report.test.n:,}"),
         ("layers", lambda r: formats(r.report.format_counts)),
     )
@@ -145,6 +151,7 @@ def _comparison_dict(comparison: Comparison, folders: Sequence[RunFolder]) -> di
                 "float_bits": run.report.float_bits,
                 "measured": dataclasses.asdict(run.report.measured),
                 "test": dataclasses.asdict(run.report.test),
+                "metrics": [dataclasses.asdict(metric) for metric in run.report.metrics],
                 "splits": run.run.splits,
             }
             for run, folder in zip(comparison.runs, folders, strict=True)

@@ -7,6 +7,9 @@ from jaxrmils.evaluation.curve import calibration_curve as calibration_curve
 from jaxrmils.evaluation.measure import code_agreement as code_agreement
 from jaxrmils.evaluation.measure import measure as measure
 from jaxrmils.evaluation.measure import measure_layers as measure_layers
+from jaxrmils.evaluation.metrics import Metrics as Metrics
+from jaxrmils.evaluation.metrics import metric_changes as metric_changes
+from jaxrmils.evaluation.metrics import repeats_accuracy as repeats_accuracy
 from jaxrmils.evaluation.page import compare_page as compare_page
 from jaxrmils.evaluation.page import report_page as report_page
 from jaxrmils.evaluation.simulate import EvaluationError as EvaluationError
@@ -14,9 +17,11 @@ from jaxrmils.evaluation.simulate import Measured as Measured
 from jaxrmils.evaluation.simulate import SimulatedModel as SimulatedModel
 from jaxrmils.evaluation.spreadsheet import controls_csv as controls_csv
 from jaxrmils.evaluation.spreadsheet import layers_csv as layers_csv
+from jaxrmils.evaluation.spreadsheet import metrics_csv as metrics_csv
 from jaxrmils.evaluation.tables import controls_table as controls_table
 from jaxrmils.evaluation.tables import coverage_table as coverage_table
 from jaxrmils.evaluation.tables import layer_table as layer_table
+from jaxrmils.evaluation.tables import metric_line as metric_line
 from jaxrmils.evaluation.tables import print_report as print_report
 from jaxrmils.evaluation.tables import summary as summary
 from jaxrmils.evaluation.tables import wide_console as wide_console

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from jaxrmils.evaluation.constant_shift import mean_noise, shifted_apply
@@ -26,6 +27,7 @@ from jaxrmils.evaluation.temperature import (
     Temperature,
     fit_temperature,
     unfit_for_temperature,
+    unfit_outputs,
 )
 from jaxrmils.graph import Graph, ModelTable, tabulate
 from jaxrmils.numerics import Rounding
@@ -108,9 +110,9 @@ def controls(
 
     Returns:
       The plan itself, then the controls. Rounding controls and the constant shift are left out for
-      a plan without quantized activations; temperatures for a model that is no classifier or a loss
-      that does not normalise its logits, which the plan's note says. Uniform and naive plans leave
-      layers that calibration never reached in float.
+      a plan without quantized activations; temperatures for outputs that are not all floats or more
+      than 100,000 an example, and for a loss that does not normalise them, which the plan's note
+      says. Uniform and naive plans leave layers that calibration never reached in float.
 
     Raises:
       EvaluationError: no data, or losses that are not finite.
@@ -233,14 +235,17 @@ class _Bench:
         return self.simulation.run(self.fit_batches, keep_outputs=True)
 
     @cached_property
-    def fit_targets(self) -> np.ndarray:
-        return np.concatenate([np.asarray(targets) for _, targets in self.fit_batches])
+    def fit_targets(self) -> Any:
+        targets = [y for _, y in self.fit_batches]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *targets)
 
     @cached_property
     def unfit(self) -> str:
         """Why temperatures do not apply; "" where they do."""
-        if self.fit_logits.correct is None:
-            return "the model is no classifier with one integer label for every example"
+        graph = self.simulation.graph
+        reason = unfit_outputs(jax.eval_shape(graph.apply, graph.params, graph.example))
+        if reason:
+            return reason
         outputs = self.fit_logits.outputs
         return unfit_for_temperature(outputs, self.fit_targets, self.simulation.loss)
 
@@ -282,8 +287,9 @@ class _Bench:
         return _Row(SHIFT, "float", self.table.float_bits, measured, note)
 
     def float_at_temperature(self) -> _Row:
-        note = _temperature_words(self.temperature, self.fit_targets.size)
-        return _Row(TEMPERATURE, "float", self.table.float_bits, self.cooled_float, note)
+        note = _temperature_words(self.temperature, self.fit_logits.loss.size)
+        same = self.temperature.value == 1.0  # as for a distance to the float model itself
+        return _Row(TEMPERATURE, "float", self.table.float_bits, self.cooled_float, note, same)
 
     def plan_at_temperature(self) -> _Row:
         s = self.simulation
@@ -292,8 +298,9 @@ class _Bench:
         measured = s.run(self.batches, self.plan, temperature=temperature.value)
         size = self.table.size_bits(self.plan.formats())
         rest = mean_interval(measured.loss - self.cooled_float.loss, groups=self.groups)
+        fitted = _temperature_words(temperature, self.fit_logits.loss.size)
         note = (
-            f"{_temperature_words(temperature, self.fit_targets.size)}; against float at its own: "
+            f"{fitted}; against float at its own: "
             f"{rest.mean:+.5f} [{rest.lower:+.5f}, {rest.upper:+.5f}]"
         )
         return _Row(PLAN_TEMPERATURE, "float", size, measured, note)

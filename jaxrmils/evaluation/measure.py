@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrmils.evaluation.metrics import Metrics, metric_values
 from jaxrmils.evaluation.simulate import (
     Batches,
     Measured,
@@ -31,6 +32,7 @@ def measure(
     batches: Batches,
     loss: Loss,
     *,
+    metrics: Metrics | None = None,
     progress: Progress = silent,
     description: str = "measuring",
 ) -> Measured:
@@ -41,32 +43,38 @@ def measure(
       apply: `apply(inputs) -> outputs`; it is jitted here.
       batches: `(inputs, targets)` batches.
       loss: `loss(outputs, targets) -> [batch]`.
+      metrics: computed from all outputs, which are kept in host memory until then; None for none.
       progress: see `jaxrmils.progress`.
       description: what the progress bar says.
 
     Returns:
-      Losses and, for classification, which examples are right.
+      Losses, metrics and, for classification, which examples are right.
 
     Raises:
-      EvaluationError: no data, or a loss that is not finite.
+      EvaluationError: no data, a loss that is not finite, or metrics that do not fit.
       ScoreError: targets that do not fit.
     """
 
     @jax.jit
-    def step(inputs: Any, targets: Any) -> tuple[Any, Any]:
+    def step(inputs: Any, targets: Any) -> tuple[Any, Any, Any]:
         outputs = apply(inputs)
-        return loss(outputs, targets), _correct(outputs, targets)
+        kept = None if metrics is None else outputs
+        return loss(outputs, targets), _correct(outputs, targets), kept
 
-    losses, right = [], []
+    losses, right, kept = [], [], []
     total = len(batches) if isinstance(batches, Sequence) else None
     for number, (inputs, targets) in enumerate(progress(batches, description, total)):
         check_targets(graph, inputs, targets, number)
-        values, correct = step(inputs, targets)
+        values, correct, outputs = step(inputs, targets)
         losses.append(np.asarray(values, np.float64))
         right.append(correct)
+        kept.append(jax.tree.map(np.asarray, outputs))
     merged = joined(losses, description)
     correct = None if right[0] is None else np.concatenate([np.asarray(r) for r in right])
-    return Measured(merged, correct)
+    if metrics is None:
+        return Measured(merged, correct)
+    outputs = jax.tree.map(lambda *parts: np.concatenate(parts), *kept)
+    return Measured(merged, correct, metrics=metric_values(metrics, outputs, merged.size))
 
 
 def _correct(outputs: Any, targets: Any) -> Any:

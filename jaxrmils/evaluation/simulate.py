@@ -6,8 +6,8 @@ one forward pass each and one compilation together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -37,11 +37,13 @@ class Measured:
       loss: float64 [N].
       correct: bool [N], whether the largest logit is the label; None where targets are no labels.
       outputs: pytree of arrays [N, ...] where the outputs were asked for, else None.
+      metrics: float64 [N] by name, where metrics were asked for.
     """
 
     loss: np.ndarray
     correct: np.ndarray | None
     outputs: Any = None
+    metrics: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,6 +74,31 @@ def controls_csv(report: Report | Mapping[str, Any]) -> str:
     return _csv(header, rows)
 
 
+def metrics_csv(report: Report | Mapping[str, Any]) -> str:
+    """One row a metric of the whole integer model against the float model.
+
+    Args:
+      report: a `Report`, or the dict of a saved `report.json`.
+
+    Returns:
+      CSV, see `layers_csv`; a header alone for a report without metrics. Means, changes and bounds
+      are fractions; `gained`, `lost` and `p_value` are of metrics that are 0 or 1.
+
+    Raises:
+      EvaluationError: the dict lacks a field, or one has another type.
+    """
+    counts = ("gained", "lost", "p_value")
+    header = ["name", "float_mean", "quantized_mean", *(f"change_{part}" for part in _PARTS)]
+    header += ["drop_upper", "alpha", *counts]
+    rows = []
+    for metric in read_report(report).metrics:
+        cells = [metric.name, metric.float_mean, metric.quantized_mean]
+        cells += [getattr(metric.change, part) for part in _PARTS]
+        cells += [metric.drop_upper, metric.alpha]
+        rows.append([*cells, *(getattr(metric.accuracy, name, None) for name in counts)])
+    return _csv(header, rows)
+
+
 def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     file = io.StringIO(newline="")
     writer = csv.writer(file)

@@ -10,10 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxrmils.evaluation.controls import THIS_PLAN, Control
+from jaxrmils.evaluation.metrics import repeats_accuracy
 from jaxrmils.evaluation.verify import LayerReport, Report
 from jaxrmils.graph import Coverage, Graph, ModelTable
 from jaxrmils.numerics import format_size
-from jaxrmils.statistics import AccuracyChange, Interval, NonInferiority
+from jaxrmils.statistics import AccuracyChange, Interval, MetricChange, NonInferiority
 
 _ARROWS = {"floor": "↓", "ceil": "↑", "nearest": "="}
 
@@ -165,10 +166,12 @@ def summary(report: Report) -> Text:
         f"{_between(report.measured)} ({100 * report.measured.level:g} % interval, "
         f"{report.measured.n} held-out examples)",
     ]
-    if report.accuracy is not None and report.float_accuracy is not None:
+    told = repeats_accuracy(report)
+    if report.accuracy is not None and report.float_accuracy is not None and not told:
         lines.append(
             f"Accuracy   float {100 * report.float_accuracy:.2f} %, {_accuracy(report.accuracy)}"
         )
+    lines += [metric_line(metric) for metric in report.metrics]
     lines.append(
         f"Simulation {100 * report.differing_codes:.4f} % of the activation codes differ from the "
         f"simulation at the worst site, by at most {report.code_steps} step(s)"
@@ -179,6 +182,27 @@ def summary(report: Report) -> Text:
     )
     lines += [f"Note       {note}" for note in report.notes]
     return Text("\n".join(lines))
+
+
+def metric_line(metric: MetricChange) -> str:
+    """A metric's means, change and bound of the drop, in percent and points.
+
+    >>> from jaxrmils.statistics import metric_change
+    >>> words = metric_line(metric_change("F1", [0.9, 0.8, 1.0], [0.9, 0.8, 0.7]))
+    >>> words[:58]
+    'F1         float 90.00 %, quantized 80.00 %, change -10.00'
+    """
+    change, counts = metric.change, metric.accuracy
+    words = (
+        f"{metric.name:<10} float {100 * metric.float_mean:.2f} %, quantized "
+        f"{100 * metric.quantized_mean:.2f} %, change {100 * change.mean:+.2f} "
+        f"[{100 * change.lower:+.2f}, {100 * change.upper:+.2f}] points "
+        f"({100 * change.level:g} % interval), {100 * (1 - metric.alpha):g} % bound of the drop "
+        f"{100 * metric.drop_upper:.2f} points"
+    )
+    if counts is None:
+        return words
+    return f"{words} ({counts.gained} gained, {counts.lost} lost, p = {counts.p_value:.2g})"
 
 
 def _accuracy(a: AccuracyChange) -> str:

@@ -1,4 +1,4 @@
-"""Temperature scaling: what a change of confidence alone does to a classifier's loss.
+"""Temperature scaling: what a change of confidence alone does to the loss.
 
 Logits are divided by one number T, fitted by minimising the mean loss. It changes no prediction, so
 a loss that falls as far by T alone says that the model was badly calibrated, not that anything else
@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxrmils.evaluation.simulate import EvaluationError, cooled
 from jaxrmils.sensitivity import Loss
 
 LOWEST, HIGHEST = 0.05, 20.0
+MOST_OUTPUTS = 100_000  # of an example; those of all the fitting data are held at once
 _FLAT = 1e-6  # nats; a range's end that is as good as the best means that none was found
 _GRID = 25  # coarse steps of log T, so that a loss with several minima is searched as a whole
 
@@ -90,16 +92,41 @@ def fit_temperature(logits: Any, targets: Any, loss: Loss) -> Temperature:
     return Temperature(float(np.exp(log_t)), before, after, at_bound)
 
 
+def unfit_outputs(outputs: Any) -> str:
+    """Why outputs of this form are not divided by a temperature; "" where they can be.
+
+    Args:
+      outputs: pytree of arrays or `jax.ShapeDtypeStruct`, [N, ...].
+
+    >>> unfit_outputs((np.zeros((2, 384), np.float32), np.zeros((2, 384), np.float32)))
+    ''
+    >>> unfit_outputs(np.zeros((2, 5), np.int32))
+    'the model returns int32 values; a temperature divides floats'
+    """
+    leaves = jax.tree.leaves(outputs)
+    for leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return f"the model returns {leaf.dtype} values; a temperature divides floats"
+    size = sum(math.prod(leaf.shape[1:]) for leaf in leaves)
+    if size > MOST_OUTPUTS:
+        return (
+            f"the model returns {size:,} numbers for an example, more than the {MOST_OUTPUTS:,} "
+            "that are kept to fit one"
+        )
+    return ""
+
+
 def unfit_for_temperature(logits: Any, targets: Any, loss: Loss) -> str:
     """Why a temperature does not apply to this loss; "" where it does.
 
     Dividing by T is a change of confidence only if the loss normalises its input, as softmax cross
     entropy does: then adding a constant to all logits of an example changes nothing. A loss of log
-    probabilities or of margins would just be scaled.
+    probabilities or of margins would just be scaled. Each of several outputs gets a constant of its
+    own: a loss of the distance between two of them is no loss of their softmax either.
 
     Args:
-      logits: float [N, classes].
-      targets: int [N].
+      logits: float [N, classes], or a pytree of floats [N, ...].
+      targets: int [N], or what the loss takes.
       loss: `loss(logits, targets) -> [N]`.
 
     >>> from jaxrmils.zoo import cross_entropy
@@ -110,9 +137,11 @@ def unfit_for_temperature(logits: Any, targets: Any, loss: Loss) -> str:
     'the loss changes when a constant is added to all logits: no loss of their softmax'
     """
     step = jax.jit(lambda z, y: loss(z, y).astype(jnp.float32))
-    z, y = jnp.asarray(logits), jnp.asarray(targets)
+    z, y = jax.tree.map(jnp.asarray, (logits, targets))
+    leaves, form = jax.tree.flatten(z)
+    shifted = [z + jnp.asarray(1 + i / len(leaves), z.dtype) for i, z in enumerate(leaves)]
     here = np.asarray(step(z, y), np.float64)
-    there = np.asarray(step(z + jnp.asarray(1, z.dtype), y), np.float64)
+    there = np.asarray(step(jax.tree.unflatten(form, shifted), y), np.float64)
     if np.all(np.abs(there - here) <= 1e-3 * (1 + np.abs(here))):
         return ""
     return "the loss changes when a constant is added to all logits: no loss of their softmax"

@@ -14,6 +14,7 @@ import numpy as np
 from jaxrmils.evaluation.controls import Control, controls, explanations
 from jaxrmils.evaluation.curve import CurvePoint, calibration_curve
 from jaxrmils.evaluation.measure import code_agreement, measure, measure_layers
+from jaxrmils.evaluation.metrics import Metrics, metric_changes
 from jaxrmils.evaluation.simulate import EvaluationError, Measured, SimulatedModel
 from jaxrmils.graph import Coverage, Graph
 from jaxrmils.lowering import QuantizedModel, compiled_integer_sites
@@ -24,6 +25,7 @@ from jaxrmils.sensitivity import Curvature, Loss, Scores
 from jaxrmils.statistics import (
     AccuracyChange,
     Interval,
+    MetricChange,
     NonInferiority,
     StatisticsError,
     accuracy_change,
@@ -79,6 +81,8 @@ class Report:
       verdict: the test's outcome in plain words.
       float_accuracy: accuracy of the float model; None without labels.
       accuracy: paired accuracy change.
+      metrics: paired changes of the metrics that were asked for, of the whole integer model on the
+        held-out data.
       differing_codes: largest fraction, over sites, of activation codes that differ between
         the integer model and its simulation.
       code_steps: by how many steps they differ at most.
@@ -112,6 +116,7 @@ class Report:
     curve: tuple[CurvePoint, ...] = ()
     lossless: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    metrics: tuple[MetricChange, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists and numbers, for JSON."""
@@ -131,6 +136,7 @@ def verify(
     margin: float | None = None,
     alpha: float = 0.05,
     groups: Any = None,
+    metrics: Metrics | None = None,
     layers: bool = True,
     attributed: bool = True,
     points: int = 2,
@@ -160,6 +166,9 @@ def verify(
       alpha: one-sided level of the test.
       groups: [N], which held-out examples belong together (one patient, one speaker), so that
         intervals are clustered; None for examples that are independent.
+      metrics: `metrics(outputs) -> {name: [N]}`, what else the model is judged by: numbers in
+        [0, 1], larger ones better, from all held-out outputs in order, a pytree of numpy arrays
+        [N, ...]; None for none.
       layers: also measure every layer alone.
       attributed: also share out the joint change among the layers (`attribute`).
       points: quadrature points of the attribution.
@@ -175,7 +184,20 @@ def verify(
       The report.
 
     Raises:
-      EvaluationError: no data, groups of another length, or losses that are not finite.
+      EvaluationError: no data, groups of another length, losses that are not finite, or metrics
+        of another length or outside [0, 1].
+
+    >>> import jaxrmils as jr
+    >>> params = {"w": np.eye(3, dtype=np.float32)}
+    >>> graph = jr.trace(lambda p, x: x @ p["w"], params, np.ones((2, 3), "f"))
+    >>> x, y = np.float32([[1, 0, 0], [0, 2, 1]]), np.float32([[1, 0, 0], [0, 2, 0]])
+    >>> plan = jr.uniform(jr.tabulate(graph), "w8")
+    >>> model = jr.quantize(graph, params, plan, jr.calibrate(graph, params, [x]))
+    >>> squares = lambda z, y: ((z - y) ** 2).sum(axis=1)
+    >>> near = lambda z: {"near": np.abs(z - y).max(axis=1) < 0.5}
+    >>> report = jr.verify(graph, params, model, [(x, y)], squares, metrics=near)
+    >>> report.metrics[0].name, report.metrics[0].float_mean, report.metrics[0].quantized_mean
+    ('near', 0.5, 0.5)
     """
     if not batches:
         raise EvaluationError("the held-out data holds no batches")
@@ -184,17 +206,9 @@ def verify(
     _check_groups("groups", groups, batches)
     if selection:
         _check_groups("selection_groups", selection_groups, selection)
-    before = measure(
-        graph,
-        lambda x: graph.apply(params, x),
-        batches,
-        loss,
-        progress=progress,
-        description="measuring the float model",
-    )
-    after = measure(
-        graph, model, batches, loss, progress=progress, description="measuring the integer model"
-    )
+    run = partial(measure, graph, batches=batches, loss=loss, metrics=metrics, progress=progress)
+    before = run(lambda x: graph.apply(params, x), description="measuring the float model")
+    after = run(model, description="measuring the integer model")
     changes = after.loss - before.loss
     if margin is None:
         margin = _margin(model.plan, before.loss if scores is None else scores.loss, unit)
@@ -321,6 +335,7 @@ def _report(
         verdict=verdict_words(test, unit=unit),
         float_accuracy=None if before.correct is None else float(before.correct.mean()),
         accuracy=_accuracy(before, after, test.alpha, groups),
+        metrics=metric_changes(before.metrics, after.metrics, alpha=test.alpha, groups=groups),
         differing_codes=max((fraction for fraction, _ in agreement.values()), default=0.0),
         code_steps=max((steps for _, steps in agreement.values()), default=0),
         planned_sites=len(agreement),

@@ -9,6 +9,9 @@ from jaxrmils.statistics.intervals import METHODS as METHODS
 from jaxrmils.statistics.intervals import Interval as Interval
 from jaxrmils.statistics.intervals import Method as Method
 from jaxrmils.statistics.intervals import mean_interval as mean_interval
+from jaxrmils.statistics.metrics import MetricChange as MetricChange
+from jaxrmils.statistics.metrics import checked_metric as checked_metric
+from jaxrmils.statistics.metrics import metric_change as metric_change
 from jaxrmils.statistics.verdicts import NonInferiority as NonInferiority
 from jaxrmils.statistics.verdicts import default_margin as default_margin
 from jaxrmils.statistics.verdicts import noninferiority as noninferiority

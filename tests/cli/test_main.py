@@ -44,10 +44,37 @@ def test_quantize_writes_a_run_that_people_and_machines_can_read(run):
     assert names[0] == "this plan" and {"uniform int8", "uniform int4"} < set(names)
     assert report["attributed"]["n"] == report["residual"]["n"] == 150
     assert [point["examples"] for point in report["curve"]] == [50, 100]
-    pages = {"report.html", "layers.csv", "controls.csv"}
+    pages = {"report.html", "layers.csv", "controls.csv", "metrics.csv"}
     assert {"plan.json", "scores", "model", "run.json", "report.json"} | pages == {
         path.name for path in run.iterdir()
     }
+
+
+def test_a_tasks_metrics_are_reported_of_the_test_split(folder, capsys):
+    out = folder / "judged"
+    arguments = ["quantize", "--config", f"{folder}/config.py", "--out", str(out)]
+    options = ["--config.task=tiny_task.py:judged", "--config.policy.name=uniform"]
+    options += ["--config.policy.format=int4"]
+    options += [f"--config.verify.{each}=False" for each in ("layers", "attribute", "controls")]
+    assert main([*arguments, *options, "--quiet"]) == OK
+    printed = capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    first, second = report["metrics"]
+    assert (first["name"], second["name"]) == ("Acc@1", "1/rank")
+    assert first["float_mean"] == report["float_accuracy"] == 1.0 == second["float_mean"]
+    assert first["accuracy"]["lost"] == report["accuracy"]["lost"] > 0
+    assert 0 < second["drop_upper"] < first["drop_upper"] and first["change"]["n"] == 150
+    assert "\nAccuracy" not in printed and "\nAcc@1" in printed and "\n1/rank" in printed
+    assert len((out / "metrics.csv").read_text().splitlines()) == 3
+    assert main(["evaluate", str(out), "--json"]) == OK
+    data = json.loads(capsys.readouterr().out)
+    assert data["metrics"] == {m["name"]: m["quantized_mean"] for m in report["metrics"]}
+    for again, metric in zip(data["metric_changes"], report["metrics"], strict=True):
+        assert again["change"]["mean"] == metric["change"]["mean"]
+        assert again["drop_upper"] == metric["drop_upper"]
+    assert main(["evaluate", str(out), "--no-float", "--split", "selection"]) == OK
+    printed = capsys.readouterr().out
+    assert "\nAcc@1 " in printed and "1/rank     9" in printed and "Accuracy" not in printed
 
 
 def test_lossless_tests_a_sequence_on_the_confirmation_split(folder, capsys):

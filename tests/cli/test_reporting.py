@@ -64,6 +64,21 @@ def test_report_of_an_older_run(tmp_path, capsys):
     assert (run / "report.html").exists()
 
 
+def test_metrics_are_shown_again_and_compared(tmp_path, capsys):
+    first = write_run(tmp_path / "a", saved_reports.with_metrics())
+    second = write_run(tmp_path / "b", saved_reports.minimal())
+    assert main(["report", str(first)]) == OK
+    out = flat(capsys.readouterr().out)
+    assert "<F1> float 98.00 %, quantized 97.90 %, change -0.13" in out
+    assert " Accuracy float" not in out
+    assert len((first / "metrics.csv").read_text().splitlines()) == 3
+    assert main(["compare", str(first), str(second)]) == OK
+    assert "<F1>" in capsys.readouterr().out
+    assert main(["compare", str(first), str(second), "--json"]) == OK
+    data = json.loads(capsys.readouterr().out)
+    assert [len(run["metrics"]) for run in data["runs"]] == [2, 0]
+
+
 def test_report_elsewhere_leaves_the_run_alone(run, tmp_path):
     before = {path.name for path in run.iterdir()}
     assert main(["report", str(run), "--out", f"{tmp_path}/new/page.html"]) == OK
@@ -72,6 +87,7 @@ def test_report_elsewhere_leaves_the_run_alone(run, tmp_path):
         "page.html",
         "page.layers.csv",
         "page.controls.csv",
+        "page.metrics.csv",
     }
 
 

@@ -164,6 +164,16 @@ def full():
     }
 
 
+def with_metrics():
+    """A full report with metrics, of which Acc@1 says the same as the accuracy."""
+    report = full()
+    shared = {"alpha": 0.05, "change": interval(-2 / 1500, 0.004, 1500, groups=300)}
+    first = {"name": "Acc@1", "float_mean": 0.976, "quantized_mean": 0.976 - 2 / 1500}
+    second = {"name": "<F1>", "float_mean": 0.98, "quantized_mean": 0.979, "drop_upper": 0.0031}
+    first |= shared | {"drop_upper": 0.0047, "accuracy": report["accuracy"]}
+    return report | {"metrics": [first, shared | second | {"accuracy": None}]}
+
+
 def controls(test):
     def control(name, kind, bits, mean, half, note=""):
         found = test if kind == "this plan" else noninferior(mean, half)

@@ -257,7 +257,51 @@ def test_controls_that_do_not_apply_are_left_out(job):
     assert "constant is added to all logits" in names("float", hinge)[1]
 
 
-def test_a_model_that_is_no_classifier_has_no_temperature():
+def test_a_model_of_two_outputs_has_temperatures():
+    keys = jax.random.split(jax.random.key(2), 6)
+    params = {name: jax.random.normal(key, (6, 5)) for name, key in zip("ab", keys, strict=False)}
+    x = np.asarray(jax.random.normal(keys[2], (120, 6)))
+    two = lambda p, x: {"start": x @ p["a"], "end": x @ p["b"]}  # noqa: E731
+    y = {  # less sure than the model is
+        name: np.asarray(jax.random.categorical(key, z / 3), np.int32)
+        for key, (name, z) in zip(keys[3:], two(params, x).items(), strict=False)
+    }
+
+    def spans(outputs, targets):
+        return loss(outputs["start"], targets["start"]) + loss(outputs["end"], targets["end"])
+
+    batches = [(x[c], {k: v[c] for k, v in y.items()}) for c in (slice(0, 60), slice(60, 120))]
+    graph = jr.trace(two, params, x[:2])
+    ranges = jr.calibrate(graph, params, [x])
+    found = controls(
+        graph, params, jr.uniform(jr.tabulate(graph), "int8"), batches[1:], spans, ranges,
+        fit_batches=batches[:1], margin=0.01, compare=(),
+    )  # fmt: skip
+    rows = {control.name: control for control in found}
+    assert found[0].note == "" and "this plan + its own temperature" in rows
+    grid = np.float32(np.exp(np.linspace(-1, 3, 801)))
+    cooled = lambda x, t: jax.tree.map(lambda z: z / t, two(params, x))  # noqa: E731
+    best = grid[np.argmin([float(spans(cooled(x[:60], t), batches[0][1]).mean()) for t in grid])]
+    row = rows["float + temperature"]
+    assert f"T = {best:.1f}" in row.note and "fitted on 60 selection examples" in row.note
+    x, y = batches[1]
+    expected = (spans(cooled(x, best), y) - spans(two(params, x), y)).mean()
+    assert row.test.mean == pytest.approx(float(expected), abs=1e-3) and best > 1.5
+    assert row.accuracy_difference is None
+
+
+def test_a_distance_to_the_float_model_has_the_temperature_1():
+    graph, params, inputs = traced("experts")
+    unlabelled = jr.with_float_outputs(graph, params, [(inputs, TARGETS)])
+    found = controls(
+        graph, params, jr.uniform(jr.tabulate(graph), "int4"), unlabelled, jr.label_free("kl"),
+        calibrated("experts"), fit_batches=unlabelled, margin=0.01, compare=(),
+    )  # fmt: skip
+    (row,) = [control for control in found if control.name == "float + temperature"]
+    assert abs(row.test.mean) < 1e-6
+
+
+def test_a_loss_of_no_softmax_has_no_temperature():
     graph, params, inputs = traced("experts")
     plan = jr.uniform(jr.tabulate(graph), "int8")
     batches = [(inputs, TARGETS)]
@@ -266,7 +310,7 @@ def test_a_model_that_is_no_classifier_has_no_temperature():
         fit_batches=batches, margin=0.01,
     )  # fmt: skip
     assert not any("temperature" in control.name for control in found)
-    assert "no classifier" in found[0].note and found[0].accuracy_difference is None
+    assert "constant is added" in found[0].note and found[0].accuracy_difference is None
     assert [c.note for c in found if c.name == "uniform int8"] == ["the same as this plan"]
 
 

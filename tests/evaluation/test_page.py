@@ -30,13 +30,14 @@ from jaxrmils.evaluation.page.saved import (
     Estimate,
     SavedAccuracy,
     SavedLayer,
+    SavedMetric,
     SavedReport,
     SavedTest,
 )
-from jaxrmils.statistics import AccuracyChange, Interval, NonInferiority
+from jaxrmils.statistics import AccuracyChange, Interval, MetricChange, NonInferiority
 
 RUN = read_run(saved_reports.RUN, "20975982")
-SAMPLES = ("full", "large", "minimal", "undecided")
+SAMPLES = ("full", "large", "minimal", "undecided", "with_metrics")
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +251,11 @@ def test_a_wrong_field_is_named(path, value, message):
         read_report(report)
 
 
-@pytest.mark.parametrize("field", ["controls", "curve", "lossless", "mu", "residual", "notes"])
+@pytest.mark.parametrize(
+    "field", ["controls", "curve", "lossless", "mu", "residual", "notes", "metrics"]
+)
 def test_optional_fields_may_be_null_or_absent(field):
-    report = saved_reports.full()
+    report = saved_reports.with_metrics()
     assert Page(report_page(report | {field: None}))
     del report[field]
     assert Page(report_page(report))
@@ -265,6 +268,7 @@ def test_optional_fields_may_be_null_or_absent(field):
         (SavedLayer, LayerReport),
         (SavedTest, NonInferiority),
         (SavedAccuracy, AccuracyChange),
+        (SavedMetric, MetricChange),
         (Estimate, Interval),
         (Control, evaluation.Control),
         (CurvePoint, evaluation.CurvePoint),
@@ -306,6 +310,27 @@ def test_comparing_warns_where_numbers_are_not_paired(changes, words):
     warnings = comparison(**changes).warnings
     assert len(warnings) == 1 and words in warnings[0]
     assert warnings[0] in Page(compare_page(comparison(**changes))).words("li")
+
+
+def test_comparing_shows_every_metric_and_accuracy_once():
+    named = [
+        NamedReport(name, read_report(report), RUN)
+        for name, report in (("a", saved_reports.with_metrics()), ("b", saved_reports.full()))
+    ]
+
+    def cells(runs):
+        page = Page(compare_page(compare(runs)))
+        heads = [text for text in page.words("th") if text.endswith(" change")]
+        return heads, [text for text in page.words("td") if "the drop is below" in text]
+
+    heads, found = cells(named)
+    assert heads == ["loss change", "accuracy change", "Acc@1 change", "<F1> change"]
+    assert found == [
+        "-0.13 points (float 97.60 %; at 95 % the drop is below 0.47 points)",
+        "-0.13 points (float 98.00 %; at 95 % the drop is below 0.31 points)",
+    ]
+    heads, found = cells([named[0], named[0]])
+    assert heads == ["loss change", "Acc@1 change", "<F1> change"] and len(found) == 4
 
 
 def test_one_run_is_nothing_to_compare():

@@ -8,7 +8,7 @@ import pytest
 from evaluation import saved_reports
 
 from jaxrmils.evaluation import EvaluationError
-from jaxrmils.evaluation.spreadsheet import controls_csv, layers_csv
+from jaxrmils.evaluation.spreadsheet import controls_csv, layers_csv, metrics_csv
 
 
 def rows(text):
@@ -45,9 +45,24 @@ def test_controls_come_back_exactly():
             assert float(row[part]) == control["test"][part]
 
 
+def test_metrics_come_back_exactly():
+    report = saved_reports.with_metrics()
+    found = rows(metrics_csv(report))
+    assert [row["name"] for row in found] == ["Acc@1", "<F1>"]
+    for row, metric in zip(found, report["metrics"], strict=True):
+        for part in ("float_mean", "quantized_mean", "drop_upper", "alpha"):
+            assert float(row[part]) == metric[part]
+        for part in ("mean", "lower", "upper"):
+            assert float(row[f"change_{part}"]) == metric["change"][part]
+        assert row["change_groups"] == "300"
+    assert [row["lost"] for row in found] == ["5", ""]
+    assert rows(metrics_csv(saved_reports.minimal())) == []
+
+
 def test_columns_are_the_same_for_every_report():
-    for make in (layers_csv, controls_csv):
-        headers = {make(r()).splitlines()[0] for r in (saved_reports.full, saved_reports.minimal)}
+    kinds = (saved_reports.full, saved_reports.minimal, saved_reports.with_metrics)
+    for make in (layers_csv, controls_csv, metrics_csv):
+        headers = {make(r()).splitlines()[0] for r in kinds}
         assert len(headers) == 1
 
 

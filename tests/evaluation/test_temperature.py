@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrmils.evaluation import EvaluationError, fit_temperature
-from jaxrmils.evaluation.temperature import HIGHEST, LOWEST, unfit_for_temperature
+from jaxrmils.evaluation.temperature import HIGHEST, LOWEST, unfit_for_temperature, unfit_outputs
 from jaxrmils.zoo import cross_entropy
 
 
@@ -60,3 +60,35 @@ def test_only_losses_of_softmax_are_fit():
     assert unfit_for_temperature(logits, targets, smoothed) == ""
     squares = lambda z, y: jnp.sum((z - jax.nn.one_hot(y, 4)) ** 2, axis=-1)  # noqa: E731
     assert "constant is added" in unfit_for_temperature(logits, targets, squares)
+
+
+def spans(outputs, targets):
+    return cross_entropy(outputs[0], targets["start"]) + cross_entropy(outputs[1], targets["end"])
+
+
+def test_losses_of_several_softmaxes_are_fit_as_well():
+    keys = jax.random.split(jax.random.key(1))
+    outputs = tuple(np.asarray(jax.random.normal(key, (20, 6))) for key in keys)
+    targets = {"start": np.argmax(outputs[0], axis=1), "end": np.arange(20) % 6}
+    assert unfit_for_temperature(outputs, targets, spans) == ""
+    one = lambda z, y: cross_entropy(z[0], y["start"]) + jnp.mean(z[1] ** 2, axis=1)  # noqa: E731
+    assert "constant is added" in unfit_for_temperature(outputs, targets, one)
+    distance = lambda z, y: jnp.sum((z[0] - z[1]) ** 2, axis=1)  # noqa: E731
+    assert "constant is added" in unfit_for_temperature(outputs, targets, distance)
+    found = fit_temperature(outputs, targets, spans)
+    grid = np.exp(np.linspace(-3, 3, 601))
+    losses = [
+        sum(-jax.nn.log_softmax(z / t)[np.arange(20), y].mean() for z, y in pairs)
+        for t in np.float32(grid)
+        if (pairs := list(zip(outputs, targets.values(), strict=True)))
+    ]
+    assert found.loss_after == pytest.approx(float(min(losses)), abs=1e-4)
+    assert found.value == pytest.approx(grid[np.argmin(losses)], rel=0.01) and not found.at_bound
+
+
+def test_outputs_that_are_too_many_or_no_floats_are_left_alone():
+    shape = lambda size, dtype: jax.ShapeDtypeStruct((1, size), dtype)  # noqa: E731
+    assert unfit_outputs({"a": shape(50_000, jnp.bfloat16), "b": shape(50_000, jnp.float32)}) == ""
+    many = unfit_outputs((shape(50_000, jnp.float32), shape(50_001, jnp.float32)))
+    assert "100,001 numbers for an example" in many
+    assert "returns int32" in unfit_outputs((shape(3, jnp.float32), shape(3, jnp.int32)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxrmils.evaluation.page.comparing import Comparison, NamedReport, accuracy, decision, differs
+from jaxrmils.evaluation.page.comparing import Comparison, NamedReport, decision, differs, judged
 from jaxrmils.evaluation.page.layer_charts import MOST_ROWS, chip
 from jaxrmils.evaluation.page.markup import Markup, join, tag
 from jaxrmils.evaluation.page.plan_charts import badge, forest
@@ -53,7 +53,7 @@ def _summary(runs: tuple[NamedReport, ...]) -> Markup:
         ("upper bound", lambda r: f"{r.report.test.upper_bound:+.5f}"),
         ("margin", lambda r: f"{r.report.test.margin:.6g}"),
         ("float loss", lambda r: f"{r.report.float_loss:.5f}"),
-        ("accuracy change", lambda r: accuracy(r.report)),
+        *((f"{name} change", pick) for name, pick in judged(runs)),
         ("held-out data", lambda r: examples(r.report.test.n, r.report.test.groups)),
         ("layers", lambda r: formats(r.report.format_counts)),
         ("splits", lambda r: r.run.splits[:12]),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from jaxrmils.evaluation.metrics import repeats_accuracy
 from jaxrmils.evaluation.page.saved import SavedLayer, SavedReport, SavedRun
-from jaxrmils.evaluation.page.words import accuracy_lines, flatten, rounding
+from jaxrmils.evaluation.page.words import accuracy_lines, flatten, percent, points, rounding
 from jaxrmils.evaluation.simulate import EvaluationError
 
 
@@ -77,7 +79,30 @@ def decision(line: SavedLayer | None) -> str:
     return line.format + directions
 
 
-def accuracy(report: SavedReport) -> str:
+def judged(runs: Sequence[NamedReport]) -> list[tuple[str, Callable[[NamedReport], str]]]:
+    """What else the runs are judged by, with the words on a run: accuracy, and every metric.
+
+    Accuracy is left out where in every run the metric "Acc@1" says the same.
+    """
+    found: list[tuple[str, Callable[[NamedReport], str]]] = []
+    if not all(repeats_accuracy(run.report) for run in runs):
+        found.append(("accuracy", lambda run: _accuracy(run.report)))
+    names = dict.fromkeys(metric.name for run in runs for metric in run.report.metrics)
+    return found + [(name, partial(_metric, name)) for name in names]
+
+
+def _metric(name: str, run: NamedReport) -> str:
+    for metric in run.report.metrics:
+        if metric.name == name:
+            level = f"{100 * (1 - metric.alpha):g} %"
+            return (
+                f"{points(metric.change.mean)} (float {percent(metric.float_mean, 2)}; at {level} "
+                f"the drop is below {100 * metric.drop_upper:.2f} points)"
+            )
+    return "-"
+
+
+def _accuracy(report: SavedReport) -> str:
     """The accuracy change with its counts, or a dash."""
     if report.accuracy is None:
         return "-"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxrmils.evaluation.metrics import repeats_accuracy
 from jaxrmils.evaluation.page import layer_charts, plan_charts
 from jaxrmils.evaluation.page.markup import Markup, join, tag
 from jaxrmils.evaluation.page.saved import SavedReport, SavedRun, read_report
@@ -16,6 +17,7 @@ from jaxrmils.evaluation.page.words import (
     examples,
     flatten,
     formats,
+    metric_lines,
     percent,
     sizes,
 )
@@ -88,10 +90,12 @@ def _tiles(report: SavedReport) -> list[tuple[str, str, str]]:
             f"{test.upper_bound:+.5f} {relation} margin {test.margin:.3g}",
         ),
     ]
-    if report.accuracy is not None and report.float_accuracy is not None:
+    told = repeats_accuracy(report)
+    if report.accuracy is not None and report.float_accuracy is not None and not told:
         difference, support = accuracy_lines(report)
         words = f"float {percent(report.float_accuracy, 2)}; {support}"
         entries.append(("Accuracy change", difference, words))
+    entries += [(f"{metric.name}, change", *metric_lines(metric)) for metric in report.metrics]
     entries.append(
         (
             "Held-out data",

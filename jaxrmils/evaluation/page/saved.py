@@ -70,6 +70,19 @@ class SavedAccuracy:
 
 
 @dataclass(frozen=True)
+class SavedMetric:
+    """Paired change of a metric, as fractions; see `jaxrmils.statistics.MetricChange`."""
+
+    name: str
+    float_mean: float
+    quantized_mean: float
+    change: Estimate
+    drop_upper: float
+    alpha: float
+    accuracy: SavedAccuracy | None = None
+
+
+@dataclass(frozen=True)
 class SavedLayer:
     """A layer's line; see `jaxrmils.evaluation.LayerReport`."""
 
@@ -162,6 +175,7 @@ class SavedReport:
     residual: Estimate | None = None
     float_accuracy: float | None = None
     accuracy: SavedAccuracy | None = None
+    metrics: tuple[SavedMetric, ...] = ()
     notes: tuple[str, ...] = ()
     controls: tuple[Control, ...] = ()
     comparisons: tuple[_Comparison, ...] = ()

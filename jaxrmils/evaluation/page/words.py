@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrmils.evaluation.page.saved import Estimate, SavedReport, SavedTest
+from jaxrmils.evaluation.page.saved import Estimate, SavedMetric, SavedReport, SavedTest
 from jaxrmils.numerics import format_size
 
 ARROWS = {"floor": "floor ↓", "ceil": "ceil ↑", "nearest": "nearest"}
@@ -73,6 +73,24 @@ def accuracy_lines(report: SavedReport) -> tuple[str, str]:
         level = f"{100 * (1 - (a.alpha or report.test.alpha)):g} %"
         support += f"; at {level} the drop is below {100 * a.drop_upper:.2f} points"
     return points(a.difference), support
+
+
+def metric_lines(metric: SavedMetric) -> tuple[str, str]:
+    """A metric's change in words: the change itself, and what supports it."""
+    change, counts = metric.change, metric.accuracy
+    support = (
+        f"float {percent(metric.float_mean, 2)}, quantized {percent(metric.quantized_mean, 2)}; "
+        f"[{100 * change.lower:+.2f}, {100 * change.upper:+.2f}] points, two-sided "
+        f"{percent(change.level, 0)}; "
+    )
+    if counts is not None:
+        support += (
+            f"{counts.gained} gained, {counts.lost} lost, p = {counts.p_value:.2g} ({counts.test});"
+            " "
+        )
+    level = f"{100 * (1 - metric.alpha):g} %"
+    support += f"at {level} the drop is below {100 * metric.drop_upper:.2f} points"
+    return points(change.mean), support
 
 
 def formats(counts: dict[str, int]) -> str:
