@@ -14,6 +14,9 @@ from jaxrmils.artifacts import save_plan as save_plan
 from jaxrmils.artifacts import save_ranges as save_ranges
 from jaxrmils.artifacts import save_scores as save_scores
 from jaxrmils.artifacts import write_page as write_page
+from jaxrmils.artifacts.export_file import ExportedModel as ExportedModel
+from jaxrmils.artifacts.export_file import export_model as export_model
+from jaxrmils.artifacts.export_file import load_exported as load_exported
 from jaxrmils.evaluation import Report as Report
 from jaxrmils.evaluation import calibration_curve as calibration_curve
 from jaxrmils.evaluation import controls as controls
@@ -26,6 +29,9 @@ from jaxrmils.graph import tabulate as tabulate
 from jaxrmils.graph import trace as trace
 from jaxrmils.lowering import QuantizedModel as QuantizedModel
 from jaxrmils.lowering import quantize as quantize
+from jaxrmils.lowering.modules import QuantizedVariable as QuantizedVariable
+from jaxrmils.lowering.modules import as_linen as as_linen
+from jaxrmils.lowering.modules import as_nnx as as_nnx
 from jaxrmils.numerics import Ranges as Ranges
 from jaxrmils.numerics import calibrate as calibrate
 from jaxrmils.policies import LayerPlan as LayerPlan

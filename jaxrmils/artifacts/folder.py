@@ -26,6 +26,7 @@ LOADERS = {
     "jaxrmils ranges": "load_ranges",
     "jaxrmils scores": "load_scores",
     "jaxrmils model": "load_model",
+    "jaxrmils export": "load_exported",
 }
 """The kinds of artifact and what reads them."""
 

@@ -61,7 +61,7 @@ class Outcome:
     lossless: bool = True
 
 
-def _console(args: argparse.Namespace) -> Console:
+def console_of(args: argparse.Namespace) -> Console:
     """Where people read: stdout, or stderr where stdout is for machines."""
     return wide_console(sys.stderr if args.json else sys.stdout)
 
@@ -88,7 +88,7 @@ def quantize(args: argparse.Namespace) -> Outcome:
 
 
 def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
-    console = _console(args)
+    console = console_of(args)
     result = pipeline.run(config, path, _progress(args))
     written = pipeline.save(result, config, path, args.out)
     console.print(Text(result.task.name, style="bold"))
@@ -131,7 +131,7 @@ def inspect(args: argparse.Namespace) -> Outcome:
     task = pipeline.make_task(config, args.config)
     graph = pipeline.trace_task(task)
     table = tabulate(graph)
-    console = _console(args)
+    console = console_of(args)
     console.print(Text(task.name, style="bold"))
     console.print(coverage_table(graph, table))
     console.print(f"Parameters {format_size(table.float_bits)}")
@@ -149,7 +149,7 @@ def inspect(args: argparse.Namespace) -> Outcome:
 def evaluate(args: argparse.Namespace) -> Outcome:
     """A saved model on one split."""
     folder = Path(args.run_folder)
-    config, task = _task_of(folder, args)
+    config, task = task_of(folder, args)
     model = artifacts.load_model(folder / "model", task.apply)
     config = pipeline.with_batch_size(config, model.graph, task)
     params = None
@@ -189,11 +189,11 @@ def evaluate(args: argparse.Namespace) -> Outcome:
             passed = False
     else:
         lines += [f"{name:<10} {100 * mean:.2f} %" for name, mean in data["metrics"].items()]
-    _console(args).print(Text("\n".join(lines)))
+    console_of(args).print(Text("\n".join(lines)))
     return Outcome(data, passed)
 
 
-def _task_of(folder: Path, args: argparse.Namespace) -> tuple[Any, Task]:
+def task_of(folder: Path, args: argparse.Namespace) -> tuple[Any, Task]:
     """A run's config and its task, whose splits must be the run's."""
     info = artifacts.load_record(folder / "run.json", pipeline.RUN_KIND)
     path = args.config or info.get("config_file") or None

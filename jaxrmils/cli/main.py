@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from rich.console import Console
 
 import jaxrmils
-from jaxrmils.cli import commands, reporting
+from jaxrmils.cli import aot_command, commands, export_command, reporting
 from jaxrmils.cli.config import ConfigError
+from jaxrmils.lowering import LoweringError
 
 OK, CRASHED, USAGE, BAD_INPUT, NOT_LOSSLESS = range(5)
 
@@ -39,6 +40,8 @@ Mixed-precision post-training quantization for JAX and Flax models.
   jaxrmils evaluate RUN                         a saved model on held-out data
   jaxrmils report   RUN                         a saved run again: tables, web page, spreadsheets
   jaxrmils compare  RUN RUN                     saved runs side by side
+  jaxrmils export   RUN --out FOLDER            programs that run with jax alone, anywhere
+  jaxrmils aot      RUN --target tpu:v5e        what a plan becomes on a device that is not here
 """
 
 
@@ -54,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("evaluate", "evaluate a saved run on held-out data", _evaluate),
         ("report", "show a saved run again, as tables, web page and spreadsheets", _report),
         ("compare", "lay saved runs side by side", _compare),
+        ("export", "write a saved model as programs for jax alone", export_command.arguments),
+        ("aot", "compile a plan for a device that is not here", aot_command.arguments),
     ):
         sub = subparsers.add_parser(
             name,
@@ -199,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(errors, error, USAGE)
     except commands.USAGE_ERRORS as error:
         return _fail(errors, error, USAGE)
-    except commands.INPUT_ERRORS as error:
+    except (*commands.INPUT_ERRORS, LoweringError) as error:
         return _fail(errors, error, BAD_INPUT)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from jaxrmils.artifacts.report_files import (
     write_page,
     write_spreadsheets,
 )
-from jaxrmils.cli.commands import Outcome
+from jaxrmils.cli.commands import Outcome, console_of
 from jaxrmils.cli.config import ConfigError
 from jaxrmils.cli.printing import print_saved
-from jaxrmils.evaluation import wide_console
 from jaxrmils.evaluation.page import (
     Comparison,
     NamedReport,
@@ -42,7 +40,7 @@ def report(args: argparse.Namespace) -> Outcome:
     page, *sheets = _targets(folder.path, args.out)
     write_page(folder.document, page, folder.run)
     write_spreadsheets(folder.document, *sheets)
-    console = _console(args)
+    console = console_of(args)
     print_saved(folder.report, console)
     console.print(Text(f"Files      {', '.join(map(str, (page, *sheets)))}"))
     return Outcome(folder.document, folder.report.test.passed)
@@ -69,7 +67,7 @@ def compare_runs(args: argparse.Namespace) -> Outcome:
     names = run_names([folder.path for folder in folders])
     runs = [NamedReport(n, f.report, f.run) for n, f in zip(names, folders, strict=True)]
     comparison = compare(runs)
-    console = _console(args)
+    console = console_of(args)
     print_comparison(comparison, console)
     if args.out is not None:
         replace_file(args.out, compare_page(comparison).encode())
@@ -182,7 +180,3 @@ def _no_overrides(args: argparse.Namespace) -> None:
             f"{args.command} reads saved runs and takes no config fields; found "
             f"{args.overrides[0]!r}"
         )
-
-
-def _console(args: argparse.Namespace) -> Console:
-    return wide_console(sys.stderr if args.json else sys.stdout)

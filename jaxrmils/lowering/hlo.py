@@ -1,7 +1,7 @@
 """Reads compiled HLO: which sites really multiply integers.
 
 A compiler may do anything with a program, so what a model became is read from its compiled text.
-Every quantized site runs in a scope of its own (`site_scope`), which instructions carry in their
+Every site runs in a scope of its own (`site_scope`), which instructions carry in their
 metadata. The text must be followed across computations to answer two questions:
 
 * Are the operands integer codes? XLA:CPU widens the int8 operands of dots and convolutions that
@@ -13,125 +13,25 @@ metadata. The text must be followed across computations to answer two questions:
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
+from jaxrmils.graph import Graph
+from jaxrmils.lowering.hlo_text import Instruction, Text, parse
 from jaxrmils.lowering.quantized_model import SCOPE_PATTERN, QuantizedModel, scope_site
 from jaxrmils.lowering.sites import LoweringError
+from jaxrmils.policies import Plan
 from jaxrmils.policies.formats import FLOAT_BITS
 
-_CODES = ("s8", "u8", "s4", "u4")
-_HEAD = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-_REFERENCE = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
+CODES = ("s8", "u8", "s4", "u4")
+PRODUCTS = ("dot", "convolution")
 # What keeps codes codes: moves, widening and the shifts that unpack int4.
 _SHAPES = ("bitcast", "broadcast", "concatenate", "pad", "reshape", "reverse", "transpose")
 _PICKS = ("dynamic-slice", "gather", "select", "slice")
 _WIDENINGS = ("bitcast-convert", "convert", "shift-left", "shift-right-arithmetic")
 _MOVES = frozenset((*_SHAPES, *_PICKS, *_WIDENINGS, "copy", "opt-barrier"))
-
-
-@dataclass(frozen=True, eq=False)
-class _Instruction:
-    name: str
-    computation: str
-    dtype: str
-    opcode: str
-    operands: tuple[str, ...]
-    called: tuple[str, ...]
-    index: int
-    op_name: str
-    is_root: bool
-
-
-@dataclass(eq=False)
-class _Text:
-    """The instructions of a module, and how values flow between its computations."""
-
-    instructions: dict[tuple[str, str], _Instruction] = field(default_factory=dict)
-    roots: dict[str, _Instruction] = field(default_factory=dict)
-    parameters: dict[tuple[str, int], _Instruction] = field(default_factory=dict)
-    callers: dict[str, list[_Instruction]] = field(default_factory=lambda: defaultdict(list))
-    readers: dict[_Instruction, list[_Instruction]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-
-    def operand(self, instruction: _Instruction, position: int) -> _Instruction | None:
-        """An operand's definition."""
-        if position >= len(instruction.operands):
-            return None
-        return self.instructions.get((instruction.computation, instruction.operands[position]))
-
-    def operands(self, instruction: _Instruction) -> Iterator[_Instruction]:
-        """The definitions of all operands."""
-        for position in range(len(instruction.operands)):
-            definition = self.operand(instruction, position)
-            if definition is not None:
-                yield definition
-
-    def arguments(self, parameter: _Instruction) -> Iterator[_Instruction]:
-        """What the callers of a computation pass for a parameter."""
-        for caller in self.callers[parameter.computation]:
-            # A conditional's first operand is the predicate; each branch has one parameter.
-            branch = caller.called.index(parameter.computation)
-            position = branch + 1 if caller.opcode == "conditional" else parameter.index
-            definition = self.operand(caller, position)
-            if definition is not None:
-                yield definition
-
-    def sources(self, instruction: _Instruction) -> Iterator[_Instruction]:
-        """Where a value comes from, one step back, calls and tuples seen through."""
-        if instruction.opcode == "parameter":
-            yield from self.arguments(instruction)
-        elif instruction.opcode == "get-tuple-element":
-            for source in self.operands(instruction):
-                yield from self.element(source, instruction.index, set())
-        elif instruction.opcode in ("fusion", "call"):
-            yield from (self.roots[c] for c in instruction.called if c in self.roots)
-        else:
-            yield from self.operands(instruction)
-
-    def element(
-        self, instruction: _Instruction, index: int, seen: set[_Instruction]
-    ) -> Iterator[_Instruction]:
-        """The definitions of one element of a tuple; of a loop's state, its initial value too."""
-        if instruction in seen:
-            return
-        seen.add(instruction)
-        if instruction.opcode == "tuple":
-            definition = self.operand(instruction, index)
-            if definition is not None:
-                yield definition
-            return
-        if instruction.opcode == "parameter":
-            sources: Iterable[_Instruction] = self.arguments(instruction)
-        elif instruction.opcode in ("fusion", "call", "conditional"):
-            sources = (self.roots[c] for c in instruction.called if c in self.roots)
-        else:  # A loop, or a copy of a tuple.
-            sources = self.operands(instruction)
-        for source in sources:
-            yield from self.element(source, index, seen)
-
-    def destinations(self, instruction: _Instruction) -> Iterator[_Instruction]:
-        """Who reads a value, one step on, fusions seen through."""
-        for reader in self.readers[instruction]:
-            if reader.opcode not in ("fusion", "call"):
-                yield reader
-                continue
-            for position, name in enumerate(reader.operands):
-                inner = self.parameters.get((reader.called[0], position)) if reader.called else None
-                if name == instruction.name and inner is not None:
-                    yield inner
-        if instruction.is_root:
-            yield from (c for c in self.callers[instruction.computation] if c.opcode != "while")
 
 
 def integer_sites(compiled_text: str) -> dict[str, set[str]]:
@@ -156,18 +56,13 @@ def integer_sites(compiled_text: str) -> dict[str, set[str]]:
     ... }''')
     {'w': {'dot'}}
     """
-    text = _parse(compiled_text)
+    text = parse(compiled_text)
     found: dict[str, set[str]] = {}
     for instruction in text.instructions.values():
-        if instruction.dtype != "s32" or instruction.opcode not in (
-            "dot",
-            "convolution",
-            "multiply",
-        ):
-            continue
-        operands = list(text.operands(instruction))
-        if len(operands) == 2 and all(_is_code(text, each, set()) for each in operands):
-            found.setdefault(_owner(text, instruction), set()).add(instruction.opcode)
+        if instruction.dtype == "s32" and instruction.opcode in (*PRODUCTS, "multiply"):
+            operands = list(text.operands(instruction))
+            if len(operands) == 2 and all(_is_code(text, each, set()) for each in operands):
+                found.setdefault(site_of(text, instruction), set()).add(instruction.opcode)
     return found
 
 
@@ -195,12 +90,7 @@ def check_integer_sites(model: QuantizedModel, inputs: Any) -> dict[str, set[str
     Raises:
       LoweringError: a planned site holds no integer operation; the message names the sites.
     """
-    found = compiled_integer_sites(model, inputs)
-    planned = [
-        site.name
-        for site in model.graph.sites
-        if site.activations and model.plan.layers[site.layer].activation_bits < FLOAT_BITS
-    ]
+    found, planned = compiled_integer_sites(model, inputs), planned_sites(model.graph, model.plan)
     missing = [name for name in planned if name not in found]
     if missing:
         raise LoweringError(
@@ -216,64 +106,18 @@ def assert_integer(model: QuantizedModel, inputs: Any) -> None:
     check_integer_sites(model, inputs)
 
 
-def _parse(text: str) -> _Text:
-    result, computation = _Text(), ""
-    for line in text.splitlines():
-        head = _HEAD.match(line)
-        if head:
-            computation = head[1]
-            continue
-        match = _INSTRUCTION.match(line)
-        if match:
-            instruction = _instruction(match, computation)
-            result.instructions[computation, instruction.name] = instruction
-    for instruction in result.instructions.values():
-        if instruction.is_root:
-            result.roots[instruction.computation] = instruction
-        if instruction.opcode == "parameter":
-            result.parameters[instruction.computation, instruction.index] = instruction
-        for called in instruction.called:
-            result.callers[called].append(instruction)
-        for operand in result.operands(instruction):
-            result.readers[operand].append(instruction)
-    return result
+def planned_sites(graph: Graph, plan: Plan) -> list[str]:
+    """The sites whose operands a plan makes integers, all of them, in the model's order."""
+    return [
+        site.name
+        for site in graph.sites
+        if site.activations and plan.layers[site.layer].activation_bits < FLOAT_BITS
+    ]
 
 
-def _instruction(match: re.Match[str], computation: str) -> _Instruction:
-    root, name, shape, opcode, rest = match.groups()
-    arguments, attributes = _split(rest)
-    called = _CALLED.findall(attributes)
-    for group in _BRANCHES.findall(attributes):
-        called += _REFERENCE.findall(group)
-    index = re.search(r"index=(\d+)", attributes)
-    number = arguments if opcode == "parameter" else index[1] if index else "0"
-    op_name = _OP_NAME.search(attributes)
-    return _Instruction(
-        name=name,
-        computation=computation,
-        dtype=shape.split("[")[0],
-        opcode=opcode,
-        operands=tuple(_REFERENCE.findall(arguments)),
-        called=tuple(called),
-        index=int(number) if number.isdigit() else 0,
-        op_name=op_name[1] if op_name else "",
-        is_root=root is not None,
-    )
-
-
-def _split(rest: str) -> tuple[str, str]:
-    """Arguments and attributes of an instruction, at the parenthesis that closes the former."""
-    depth = 1
-    for i, character in enumerate(rest):
-        depth += {"(": 1, ")": -1}.get(character, 0)
-        if depth == 0:
-            return rest[:i], rest[i + 1 :]
-    return rest, ""
-
-
-def _is_code(text: _Text, instruction: _Instruction, seen: set[_Instruction]) -> bool:
+def _is_code(text: Text, instruction: Instruction, seen: set[Instruction]) -> bool:
     """Whether a value is made of integer codes by moves and widening alone."""
-    if instruction.dtype in _CODES:
+    if instruction.dtype in CODES:
         return True
     if instruction in seen:
         return False
@@ -286,16 +130,14 @@ def _is_code(text: _Text, instruction: _Instruction, seen: set[_Instruction]) ->
     return any(_is_code(text, source, seen) for source in text.sources(instruction))
 
 
-def _owner(text: _Text, instruction: _Instruction) -> str:
-    """The site of an instruction, or ""."""
+def site_of(text: Text, instruction: Instruction) -> str:
+    """The site of an instruction, or "": see the module."""
     if instruction.op_name:
-        return _site(instruction)
+        return scoped_site(instruction)
     return _nearest(instruction, text.destinations) or _nearest(instruction, text.sources)
 
 
-def _nearest(
-    start: _Instruction, neighbours: Callable[[_Instruction], Iterator[_Instruction]]
-) -> str:
+def _nearest(start: Instruction, neighbours: Callable[[Instruction], Iterator[Instruction]]) -> str:
     """The site of the nearest instructions that carry metadata; "" if they are of several."""
     seen, front = {start}, [start]
     while front:
@@ -305,11 +147,12 @@ def _nearest(
         # A fusion carries the metadata of its root, which may be of a later operation.
         labelled = [n for n in front if n.op_name and n.opcode not in ("fusion", "call")]
         if labelled:
-            sites = {_site(n) for n in labelled} - {""}
+            sites = {scoped_site(n) for n in labelled} - {""}
             return sites.pop() if len(sites) == 1 else ""
     return ""
 
 
-def _site(instruction: _Instruction) -> str:
+def scoped_site(instruction: Instruction) -> str:
+    """The site in whose scope an instruction says it is, or ""."""
     match = SCOPE_PATTERN.search(instruction.op_name)
     return scope_site(match[1]) if match else ""

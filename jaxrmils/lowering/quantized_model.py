@@ -259,7 +259,7 @@ def _handler(
             return run_quantized(call, kernel, tensor, sums, call.state, roundings[site.name])
         if layer.weight_bits < FLOAT_BITS:
             return run_weight_only(call, call.weight.tensor), None
-    return call.bind(*call.operands()), None
+        return call.bind(*call.operands()), None
 
 
 # XLA cuts an operation's name at the first "@", which marks the second use of a weight.
@@ -268,7 +268,7 @@ SCOPE_PATTERN = re.compile(r"jaxrmils\[([^\]]*)\]")
 
 
 def site_scope(name: str) -> str:
-    """The name scope under which a quantized site appears in the compiled program."""
+    """The name scope under which a site appears in the compiled program."""
     return f"jaxrmils[{name.replace('@', _AT)}]"
 
 

@@ -300,7 +300,7 @@ class _State:
     def spread(self) -> None:
         """Measures plans of the path, most of them around the last that fits."""
         plans = self.path()[1:]
-        for index in _around(self.boundary(plans), len(plans), 2 * self.search.length):
+        for index in _around(self.boundary(plans), len(plans), self.search.length):
             self.measure(plans[index])
 
 
