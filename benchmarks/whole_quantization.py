@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--out", help="a JSON file")
     args, overrides = parser.parse_known_args()
     config = load_config(args.config, overrides)
+    config.splits.update(dict.fromkeys(config.splits, 1))  # read whole, not in splits
     stages = Stages([])
     task = make_task(config, args.config, bars)
     if len(task.dataset) < max(args.calibration, 2 * args.search):
