@@ -373,10 +373,16 @@ def _thinned(
     if len(plans) <= search.length:
         return tuple(plans)
     clearances = np.array([each.clearance(margin) for each in plans])  # falling
-    steps = np.linspace(1.0, -1.0, search.length - 1) if search.length > 1 else np.array([])
-    reach = np.where(steps > 0, SAFE - search.caution, search.caution - HOPELESS)
-    levels = search.caution + np.sign(steps) * steps**2 * np.maximum(reach, 0.0)
-    chosen = {0} | {int(np.sum(clearances >= level)) - 1 for level in levels} - {-1}
+    behind = (search.length - 1) // 3
+    safe = np.linspace(0.0, 1.0, max(search.length - 1 - behind, 1)) ** 2
+    doubtful = np.linspace(0.0, 1.0, behind + 1)[1:] ** 2
+    levels = [
+        *(search.caution + safe * max(SAFE - search.caution, 0.0)),
+        *(search.caution - doubtful * max(search.caution - HOPELESS, 0.0)),
+    ]
+    chosen = {int(np.sum(clearances >= level)) - 1 for level in levels} - {-1}
+    if search.length > 1:
+        chosen |= {0}
     # Levels that met the same plan leave room for others at the margin.
     nearest = np.argsort(np.abs(clearances - search.caution), kind="stable")
     others = [int(index) for index in nearest if index not in chosen]

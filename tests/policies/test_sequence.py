@@ -12,6 +12,7 @@ from synthetic import LAYERS, scores, setup
 from jaxrmils import tabulate
 from jaxrmils.policies import PlanError, Search, plan_sequence
 from jaxrmils.policies.attribution import PlanAttribution
+from jaxrmils.policies.sequence import MeasuredPlan, _thinned
 from jaxrmils.sensitivity import ScoreError
 
 COUNT = 400
@@ -137,14 +138,25 @@ def test_hopeless_plans_are_left_out_but_never_all():
     assert found[0].change.mean() >= 1.0
 
 
-def test_long_sequences_are_thinned_to_the_first_and_those_at_the_margin():
-    found = {}
-    for length in (50, 3):
-        simulation = made_up([0.001, 0.002, 0.0005, 0.003, 0.0015, 0.0045], noise=0.004)
-        search = Search(formats=FORMATS, length=length)
-        found[length] = [m.saving for m in plan_sequence(simulation, margin=0.0035, search=search)]
-    assert len(found[50]) > 4
-    assert found[3] == [found[50][0], *found[50][-2:]]
+def test_long_sequences_are_thinned_by_clearance():
+    margin, error = 0.01, 0.001
+    clearances = [9.5, 9.0, 8.5, 7.0, 5.0, 3.0, 2.0, 1.2, 0.9, 0.5, 0.0, -1.0, -1.9]
+    plans = [
+        MeasuredPlan(None, float(i), np.full(4, margin - error * z), error)
+        for i, z in enumerate(clearances)
+    ]
+    (only,) = _thinned(plans, margin, Search(length=1))
+    assert round(only.clearance(margin), 6) == 1.2
+    for length in range(2, len(plans)):
+        kept = _thinned(plans, margin, Search(length=length))
+        found = [round(each.clearance(margin), 6) for each in kept]
+        assert len(found) == length
+        assert found == sorted(found, reverse=True)
+        assert found[0] == 9.5  # a plan to fall back on
+        if length >= 6:
+            # The most compressed that is safe, that fits, and one that only other data can judge.
+            assert {8.5, 1.2} <= set(found)
+            assert found[-1] < 1.0
 
 
 def test_skip_and_force_hold():

@@ -161,7 +161,7 @@ def test_tfds_needs_its_folder(config):
     with pytest.raises(DataError, match=r"data_dir is empty; where has TFDS prepared imagenet2012"):
         image_task(config)
     config.data.data_dir, config.data.labels = "here", "labels.csv"
-    with pytest.raises(DataError, match=r"data.labels is for config.data.files"):
+    with pytest.raises(DataError, match=r"config.data.labels and config.data.where"):
         image_task(config)
 
 
