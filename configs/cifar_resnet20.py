@@ -25,6 +25,5 @@ def get_config():
     config.splits.test = 3_250
     config.batch_size = 0
     config.policy.formats = ("w8a8", "w4a8")
-    config.policy.length = 16
     config.verify.margin = 0.01
     return config

@@ -80,7 +80,7 @@ def base_config() -> Any:
     config.policy.lookups = "float"  # rmils: int8, int4, float
     config.policy.formats = ("w8a8", "w4a8", "w4a4")  # lossless: formats to choose from
     config.policy.rounds = 4  # lossless: how often secant shares are taken at the boundary
-    config.policy.length = 10  # lossless: plans to test, at most
+    config.policy.length = 16  # lossless: plans to test, at most
     config.policy.caution = 1.0  # lossless: standard errors added to what a format costs
     config.policy.compute = 0.1  # lossless: what a share of the work counts against one of the size
     config.policy.directed = True  # lossless: allow rounding directions that pay

@@ -50,7 +50,7 @@ class Search:
 
     formats: Sequence[str] = ("w8a8", "w4a8", "w4a4")
     rounds: int = 4
-    length: int = 10
+    length: int = 16
     caution: float = 1.0
     compute: float = 0.1
 
@@ -368,13 +368,13 @@ def _thinned(
     plans: Sequence[MeasuredPlan], margin: float, search: Search
 ) -> tuple[MeasuredPlan, ...]:
     """At most `search.length` plans of the frontier: the first, and the most compressed of each
-    of several clearances, which lie dense around `search.caution`.
+    of several clearances above `search.caution` and some below.
     """
     if len(plans) <= search.length:
         return tuple(plans)
     clearances = np.array([each.clearance(margin) for each in plans])  # falling
     behind = (search.length - 1) // 3
-    safe = np.linspace(0.0, 1.0, max(search.length - 1 - behind, 1)) ** 2
+    safe = np.linspace(0.0, 1.0, max(search.length - 1 - behind, 1))
     doubtful = np.linspace(0.0, 1.0, behind + 1)[1:] ** 2
     levels = [
         *(search.caution + safe * max(SAFE - search.caution, 0.0)),
