@@ -16,7 +16,13 @@ from jaxrmils.artifacts.arrays import pack_arrays, to_jax, unpack_arrays
 from jaxrmils.artifacts.documents import check_json, decoding, dump_json
 from jaxrmils.artifacts.errors import ArtifactError
 from jaxrmils.artifacts.files import PathLike, replace_directory
-from jaxrmils.artifacts.folder import FORMAT_VERSION, MANIFEST, read_manifest, versions
+from jaxrmils.artifacts.folder import (
+    FORMAT_VERSION,
+    MANIFEST,
+    read_manifest,
+    verified_bytes,
+    versions,
+)
 from jaxrmils.artifacts.plan_file import plan_bytes
 from jaxrmils.artifacts.portable import BATCH, check_flatbuffers, export_for, portable
 from jaxrmils.graph import compat
@@ -175,8 +181,8 @@ def load_exported(folder: PathLike, *, platform: Backend | None = None) -> Expor
         )
     check_flatbuffers()
     with decoding(path / MANIFEST):
-        weights = _verified(path / WEIGHTS, *facts[WEIGHTS])
-        module = _verified(path / exported_for[wanted], *facts[exported_for[wanted]])
+        weights = verified_bytes(path / WEIGHTS, *facts[WEIGHTS])
+        module = verified_bytes(path / exported_for[wanted], *facts[exported_for[wanted]])
     try:
         exported = export.deserialize(bytearray(module))
         if written_by != jax.__version__:
@@ -271,19 +277,3 @@ def _check_replaceable(path: Path) -> None:
             f"{path} holds {(foreign or names)[:5]}, which exporting there would delete; give a "
             "new or empty folder, or that of an older export"
         )
-
-
-def _verified(path: Path, size: int, sha256: str) -> bytes:
-    if not path.is_file():
-        raise ArtifactError(
-            f"{path} is missing, but {MANIFEST} lists it; copy the whole folder from its source, "
-            "or export the model again"
-        )
-    data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if len(data) != size or found != sha256:
-        raise ArtifactError(
-            f"{path} is damaged: it has {len(data)} bytes and the sha256 {found[:12]}, {size} and "
-            f"{sha256[:12]} were saved. Copy it again from its source, or export the model again"
-        )
-    return data

@@ -130,7 +130,7 @@ def load_folder(directory: PathLike, kind: str) -> Folder:
             f"{path / MANIFEST} lists the files {list(expected)}; {ARRAYS} was expected among "
             "them, and no folders. Save the artifact again"
         )
-    files = {name: _verified(path / name, *facts) for name, facts in expected.items()}
+    files = {name: verified_bytes(path / name, *facts) for name, facts in expected.items()}
     data = files.pop(ARRAYS)
     with decoding(path / MANIFEST):
         arrays = unpack_arrays(data, prng_keys, path / ARRAYS)
@@ -172,7 +172,8 @@ def check_header(document: Mapping[str, Any], path: Path, kind: str) -> None:
         )
 
 
-def _verified(path: Path, size: int, sha256: str) -> bytes:
+def verified_bytes(path: Path, size: int, sha256: str) -> bytes:
+    """A file's bytes; ArtifactError unless they are those that its manifest lists."""
     if not path.is_file():
         raise ArtifactError(
             f"{path} is missing, but {MANIFEST} lists it; copy the whole folder from its source, "

@@ -224,7 +224,7 @@ def test_damage_is_found(dense, tmp_path):
         ("cpu.jaxexport", flipped, "cpu.jaxexport is damaged"),
         ("cpu.jaxexport", module[:50], "has 50 bytes"),
         ("cpu.jaxexport", None, "cpu.jaxexport is missing"),
-        ("weights.safetensors", b"", "weights.safetensors is damaged"),
+        ("weights.safetensors", b"", "weights.safetensors has 0 bytes"),
         ("manifest.json", None, "holds no manifest.json"),
         ("manifest.json", manifest[:40], "no valid JSON"),
         ("manifest.json", manifest.replace(b"jaxrmils export", b"jaxrmils model"), "kind"),
