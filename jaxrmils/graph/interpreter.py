@@ -9,7 +9,7 @@ and vmapped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +57,7 @@ class Frame:
         self._names = leaf_names
         self._parent = parent
         self._values: dict[Any, Any] = {}
+        self._shared: dict[Hashable, tuple[Any, Any]] = {}
 
     def child(self) -> Frame:
         """A frame for an inner trace."""
@@ -65,6 +66,14 @@ class Frame:
     def set(self, node: Expression, value: Any) -> None:
         """Gives the value of a slice in this iteration."""
         self._values[node] = value
+
+    def once(self, source: Any, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives for a value and a key, made once in this level of tracing."""
+        found = self._shared.get((id(source), key))
+        if found is None:
+            # The source is kept, so that no other value can get its id.
+            found = self._shared[id(source), key] = (source, make())
+        return found[1]
 
     def _lookup(self, node: Any) -> Any:
         frame: Frame | None = self
@@ -133,6 +142,18 @@ class SiteCall:
     state: Any
     step: Any
     _read: Callable[[int], Any]
+    _frame: Frame
+
+    def once(self, index: int, key: Hashable, make: Callable[[Any], Any]) -> Any:
+        """`make(operand)`, computed once for all sites that read the same value.
+
+        Args:
+          index: of the operand.
+          key: whatever else the result depends on; equal keys must mean equal results.
+          make: a function of the operand.
+        """
+        operand = self._read(index)
+        return self._frame.once(operand, key, lambda: make(operand))
 
     def operand(self, index: int) -> Any:
         """The float value of an operand; a weight is computed from the parameters."""
@@ -266,6 +287,7 @@ def _run_site(step: SiteStep, read: Callable[[Any], Any], scope: Scope) -> tuple
         state=scope.state.get(site.name),
         step=scope.steps.get(site.name),
         _read=lambda i: read(step.eqn.invars[i]),
+        _frame=scope.frame,
     )
     return scope.handler(call)
 

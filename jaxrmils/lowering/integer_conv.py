@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int, Int32
 
+from jaxrmils.lowering.few_channels import CHANNELS, few_channels_conv
 from jaxrmils.lowering.integer_dot import (
     Backend,
     check_accumulator,
@@ -23,6 +24,10 @@ from jaxrmils.lowering.integer_dot import (
     kernel_operands,
     scalar_zero_point,
 )
+
+
+_ALWAYS_FAST = 16
+"""With no more features than this, XLA:CPU has no int8 kernel that writing it anew could reach."""
 
 
 def conv_int32(
@@ -104,9 +109,14 @@ def conv_int32(
         sums = _kernel_sum(rhs, dimension_numbers) if kernel_sum is None else kernel_sum
         correction = zero_point * _to_output_features(sums, output_features, dimension_numbers)
     channels = lhs.shape[dimension_numbers.lhs_spec[1]]
-    if backend == "cpu" and feature_group_count == channels and batch_group_count == 1:
+    on_cpu = backend == "cpu" and batch_group_count == 1
+    is_plain = feature_group_count == 1 and all(d == 1 for d in rhs_dilation)
+    if on_cpu and feature_group_count == channels:
         lhs = _pad(lhs, jnp.int8(0), padding, lhs_dilation, dimension_numbers)
         out = _depthwise(lhs, rhs, window_strides, rhs_dilation, dimension_numbers)
+    elif on_cpu and is_plain and channels < CHANNELS and output_features > _ALWAYS_FAST:
+        lhs = _pad(lhs, jnp.int8(0), padding, lhs_dilation, dimension_numbers)
+        out = few_channels_conv(lhs, rhs, window_strides, dimension_numbers)
     else:
         out = lax.conv_general_dilated(
             lhs,

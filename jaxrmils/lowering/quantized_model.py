@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrmils.graph import Graph, Site, SiteCall, interpret
 from jaxrmils.graph.expression import evaluate, loops_of
@@ -90,7 +91,8 @@ class QuantizedModel:
         """A pure function of parameters and inputs; jit, vmap and shard it like any other.
 
         Args:
-          params: `model.params`, or the same tree under your own sharding.
+          params: `model.params`, or the same tree under your own sharding. Sites that read the same
+            value and whose grids are equal in `model.params` share its codes.
           inputs: like the traced inputs, at any batch size.
           mode: "integer", or "simulate" for float operations on the same codes, which agree with
             the integer ones bit for bit at every site.
@@ -108,7 +110,7 @@ class QuantizedModel:
             raise ValueError(f"mode {mode!r}; expected 'integer' or 'simulate'")
         kernel = integer_kernel(self.backend) if mode == "integer" else exact_kernel
         roundings = roundings_by_site(self.graph, self.plan)
-        handler = functools.partial(_handler, self.plan, roundings, kernel)
+        handler = functools.partial(_handler, self.plan, roundings, self._equal_grids, kernel)
         leaves = [params.leaves.get(name) for name in self.graph.leaf_names]
         return interpret(
             self.graph,
@@ -119,6 +121,20 @@ class QuantizedModel:
             state=params.grids,
             absent=lambda struct: jnp.zeros(struct.shape, struct.dtype),
         )
+
+    @functools.cached_property
+    def _equal_grids(self) -> Mapping[str, tuple[Hashable, ...]]:
+        """Per site and operand, a key that operands with the same grid have in common."""
+        grids = self.params.grids
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(grids)):
+            return {site: tuple((site, i) for i in range(len(g))) for site, g in grids.items()}
+        return {
+            site: tuple(
+                (grid.bits, grid.symmetric, grid.scale.shape, *map(np.ndarray.tobytes, values))
+                for grid, values in zip(parts, jax.device_get(_values(parts)), strict=True)
+            )
+            for site, parts in grids.items()
+        }
 
     @property
     def size_bits(self) -> int:
@@ -246,8 +262,16 @@ def _sums(graph: Graph, site: Site, codes: Any, depth: int) -> Any:
     return one(codes)
 
 
+def _values(grids: tuple[QuantParams, ...]) -> list[tuple[Any, Any]]:
+    return [(grid.scale, grid.zero_point) for grid in grids]
+
+
 def _handler(
-    plan: Plan, roundings: Mapping[str, tuple[Rounding, ...]], kernel: Kernel, call: SiteCall
+    plan: Plan,
+    roundings: Mapping[str, tuple[Rounding, ...]],
+    equal_grids: Mapping[str, tuple[Hashable, ...]],
+    kernel: Kernel,
+    call: SiteCall,
 ) -> tuple[Any, Any]:
     site = call.site
     layer = plan.layers[site.layer]
@@ -256,7 +280,8 @@ def _handler(
             tensor, sums = None, None
             if call.weight is not None:
                 tensor, sums = call.weight.tensor, call.weight.sums[site.name]
-            return run_quantized(call, kernel, tensor, sums, call.state, roundings[site.name])
+            keys = tuple(zip(equal_grids[site.name], roundings[site.name], strict=True))
+            return run_quantized(call, kernel, tensor, sums, call.state, roundings[site.name], keys)
         if layer.weight_bits < FLOAT_BITS:
             return run_weight_only(call, call.weight.tensor), None
         return call.bind(*call.operands()), None

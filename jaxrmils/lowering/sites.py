@@ -6,7 +6,9 @@ same int32 bit for bit (`exact_kernel`), which is what the simulation is made of
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Hashable
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -123,6 +125,7 @@ def run_quantized(
     sums: Any,
     grids: tuple[QuantParams, ...],
     roundings: tuple[Rounding, ...],
+    keys: tuple[Hashable, ...] | None = None,
 ) -> tuple[Any, list[Any]]:
     """A site with every operand in integers.
 
@@ -133,6 +136,8 @@ def run_quantized(
       sums: precomputed sums of the weight's codes, see `weight_sums`.
       grids: grids of its activations, in order.
       roundings: their rounding directions.
+      keys: equal for operands with the same grid and rounding: where they are the same value, it is
+        quantized once (the input of Q, K and V, or of a block and its shortcut). None for no two.
 
     Returns:
       The result in the model's dtype, and the activations' codes.
@@ -140,8 +145,13 @@ def run_quantized(
     codes: list[Any] = [None, None]
     params: list[Any] = [None, None]
     activation_codes = []
-    for grid, rounding, index in zip(grids, roundings, call.site.activations, strict=True):
-        codes[index] = quantize(call.operand(index), grid, rounding)
+    if keys is None:
+        keys = tuple((call.site.name, index) for index in call.site.activations)
+    for grid, rounding, key, index in zip(
+        grids, roundings, keys, call.site.activations, strict=True
+    ):
+        quantized = functools.partial(quantize, qp=grid, rounding=rounding)
+        codes[index] = call.once(index, key, quantized)
         params[index] = grid
         activation_codes.append(codes[index])
     if weight is not None:

@@ -16,7 +16,9 @@ from jaxrmils.lowering.integer_conv import conv_int32, conv_output_scale, kernel
 # (spatial dims, channels, kernel inputs, features, feature groups, batch groups)
 DENSE, GROUPED, BATCH_GROUPED = (4, 4, 3, 1, 1), (4, 2, 6, 2, 1), (3, 3, 4, 1, 2)
 DEPTHWISE, MULTIPLIED, ONE_CHANNEL = (3, 1, 3, 3, 1), (3, 1, 6, 3, 1), (1, 1, 4, 1, 1)
-KINDS = [DENSE, GROUPED, BATCH_GROUPED, DEPTHWISE, MULTIPLIED, ONE_CHANNEL]
+# Few channels and more than 16 features: the stems of image networks.
+STEM, GREY = (3, 3, 17, 1, 1), (1, 1, 18, 1, 1)
+KINDS = [DENSE, GROUPED, BATCH_GROUPED, DEPTHWISE, MULTIPLIED, ONE_CHANNEL, STEM, GREY]
 LAYOUTS = {
     1: [("NHC", "HIO", "NHC"), ("NCH", "OIH", "NCH"), ("CHN", "IOH", "NCH")],
     2: [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("HWNC", "OIWH", "CWHN")],

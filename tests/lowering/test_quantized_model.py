@@ -1,6 +1,8 @@
 """Every quantized site of every reference model, against numpy and against its simulation."""
 
+import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -256,6 +258,32 @@ def test_other_batch_sizes_and_vmap(name):
     pair = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), inputs)
     mapped = np.asarray(jax.jit(jax.vmap(built.apply, in_axes=(None, 0)))(built.params, pair))
     np.testing.assert_allclose(mapped, np.stack([whole, whole[::-1]]), atol=1e-5)
+
+
+def quantizations(built, params, inputs):
+    """How many arrays are made codes of."""
+    text = str(jax.make_jaxpr(built.apply)(params, inputs))
+    return len(re.findall(r"= convert_element_type\[\s*new_dtype=int8", text))
+
+
+@pytest.mark.parametrize("name", ["transformer", "nnx_transformer", "scanned_stack"])
+def test_an_input_of_several_sites_is_quantized_once(name):
+    _, _, inputs = traced(name)
+    built = quantized(name, "int8")
+    # Every grid moved a little on its own: now no two sites have one in common.
+    factors = iter(np.linspace(1.0, 1.01, 2 * len(built.params.grids), dtype=np.float32))
+    grids = {
+        site: tuple(dataclasses.replace(g, scale=g.scale * next(factors)) for g in parts)
+        for site, parts in built.params.grids.items()
+    }
+    params = dataclasses.replace(built.params, grids=grids)
+    apart = dataclasses.replace(built, params=params)
+    operands = sum(map(len, grids.values()))
+    assert quantizations(apart, params, inputs) == operands
+    queries = sum("query" in site for site in grids)
+    assert quantizations(built, built.params, inputs) == operands - 2 * queries
+    codes = built.apply_with_codes(built.params, inputs)[1]
+    assert set(codes) == set(grids)
 
 
 def test_rows_outside_an_embedding_table_are_what_they_are_in_float():
