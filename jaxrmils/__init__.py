@@ -43,6 +43,7 @@ from jaxrmils.policies import Lossless as Lossless
 from jaxrmils.policies import MeasuredPoint as MeasuredPoint
 from jaxrmils.policies import Plan as Plan
 from jaxrmils.policies import Search as Search
+from jaxrmils.policies import Simulator as Simulator
 from jaxrmils.policies import assign as assign
 from jaxrmils.policies import attribute as attribute
 from jaxrmils.policies import budget as budget
@@ -55,6 +56,7 @@ from jaxrmils.policies import recommend as recommend
 from jaxrmils.policies import rmils as rmils
 from jaxrmils.policies import uniform as uniform
 from jaxrmils.sensitivity import Contributions as Contributions
+from jaxrmils.sensitivity import ScoreMoments as ScoreMoments
 from jaxrmils.sensitivity import Scores as Scores
 from jaxrmils.sensitivity import contributions as contributions
 from jaxrmils.sensitivity import curvature as curvature
@@ -62,6 +64,7 @@ from jaxrmils.sensitivity import label_free as label_free
 from jaxrmils.sensitivity import mean_weight as mean_weight
 from jaxrmils.sensitivity import per_sequence as per_sequence
 from jaxrmils.sensitivity import score as score
+from jaxrmils.sensitivity import score_moments as score_moments
 from jaxrmils.sensitivity import token_cross_entropy as token_cross_entropy
 from jaxrmils.sensitivity import with_float_outputs as with_float_outputs
 from jaxrmils.version import __version__ as __version__

@@ -13,6 +13,8 @@ from jaxrmils.numerics.formats import Rounding as Rounding
 from jaxrmils.numerics.formats import code_range as code_range
 from jaxrmils.numerics.packing import pack_int4 as pack_int4
 from jaxrmils.numerics.packing import unpack_int4 as unpack_int4
+from jaxrmils.numerics.placement import PlacementError as PlacementError
+from jaxrmils.numerics.progress_checkpoint import CheckpointError as CheckpointError
 from jaxrmils.numerics.qtensor import QTensor as QTensor
 from jaxrmils.numerics.qtensor import quantize_weight as quantize_weight
 from jaxrmils.numerics.quant_params import QuantParams as QuantParams

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+import urllib.parse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxrmils.graph import Graph, Site, SiteCall, interpret
 from jaxrmils.graph.checks import check_examples_independent, check_finite, check_same_shapes
 from jaxrmils.graph.naming import leaf_names
 from jaxrmils.graph.trace import one_example
 from jaxrmils.numerics.formats import BITS
+from jaxrmils.numerics.placement import Layout, few_everywhere, spread_exactly, to_host, with_params
+from jaxrmils.numerics.progress_checkpoint import PathLike, Run, job_of
 from jaxrmils.numerics.quant_params import QuantParams
 from jaxrmils.numerics.ranges import (
     ESTIMATORS,
@@ -100,6 +105,9 @@ def calibrate(
     estimator: Estimator = "mse",
     symmetric: bool = False,
     percentile: float = 99.99,
+    sharding: NamedSharding | None = None,
+    checkpoint: PathLike | None = None,
+    checkpoint_seconds: float = 60.0,
     progress: Progress = silent,
 ) -> Ranges:
     """Finds the range of every activation that a site reads.
@@ -110,10 +118,16 @@ def calibrate(
     Args:
       graph: from `trace`.
       params: concrete parameters.
-      batches: batches of inputs; iterated twice, so a list or another re-iterable.
+      batches: batches of inputs; iterated twice, so a list or another re-iterable. On several
+        hosts, each process passes its own part of the data.
       estimator: "minmax", "percentile", "mse", "aciq_gauss" or "aciq_laplace".
       symmetric: grids without zero points.
       percentile: for "percentile".
+      sharding: how the examples' axis is split over a mesh, such as
+        `NamedSharding(mesh, PartitionSpec("data"))`; params stay as they are sharded. A batch that
+        does not divide by the devices runs on each of them. None for one device.
+      checkpoint: a folder that keeps the progress, from which the same job goes on.
+      checkpoint_seconds: the least time between two saves.
       progress: see `jaxrmils.progress`.
 
     Returns:
@@ -122,6 +136,8 @@ def calibrate(
     Raises:
       CalibrationError: no batches, a one-shot iterator, or an activation that is NaN or infinite.
       TraceError: NaN or inf in params or inputs, or examples of a batch influence each other.
+      PlacementError: a sharding by which batches can't be spread.
+      CheckpointError: the checkpoint is that of another job.
     """
     if estimator not in ESTIMATORS:
         raise CalibrationError(f"estimator is {estimator!r}; expected one of {ESTIMATORS}")
@@ -129,19 +145,30 @@ def calibrate(
         raise CalibrationError(
             "batches is a one-shot iterator, but two passes are made; pass a list"
         )
+    params = with_params(params, sharding)
     check_params(graph, params)
-    leaves = jax.tree.leaves(params)
-    total = len(batches) if isinstance(batches, Sequence) else None
-    extremes, examples = _minimum_and_maximum(graph, params, leaves, batches, total, progress)
+
+    def run(kind: str, values: Any) -> Run:
+        return Run(
+            None if checkpoint is None else Path(checkpoint) / kind,
+            lambda: job_of(f"calibrate {kind}", graph, params, sharding, values=values),
+            sharding=sharding,
+            seconds=checkpoint_seconds,
+        )
+
+    data = _Data(graph, params, batches, sharding, progress)
+    with run("extremes", ()) as extremes_run:
+        extremes, examples = _minimum_and_maximum(data, extremes_run)
     stats = {
-        site: tuple(RangeStats(lo, hi, None) for lo, hi in pairs)
+        site: tuple(RangeStats(jnp.asarray(lo), jnp.asarray(hi), None) for lo, hi in pairs)
         for site, pairs in extremes.items()
     }
     if estimator != "minmax" and extremes:
-        counts = _histograms(graph, leaves, extremes, batches, total, progress)
+        with run("histograms", extremes) as histograms_run:
+            counts = _histograms(data, extremes, histograms_run)
         stats = {
             site: tuple(
-                RangeStats(s.minimum, s.maximum, h)
+                RangeStats(s.minimum, s.maximum, jnp.asarray(h, jnp.float32))
                 for s, h in zip(parts, counts[site], strict=True)
             )
             for site, parts in stats.items()
@@ -162,40 +189,105 @@ def check_params(graph: Graph, params: Any) -> None:
     check_finite(params, "params", graph.leaf_names)
 
 
-def _minimum_and_maximum(
-    graph: Graph,
-    params: Any,
-    leaves: list[Any],
-    batches: Iterable[Any],
-    total: int | None,
-    progress: Progress,
-) -> tuple[dict[str, list[tuple[Any, Any]]], int]:
-    """Per site and activation (minimum, maximum); sites that no example reaches are left out."""
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """What both passes read."""
 
-    def step(leaves: list[Any], inputs: Any) -> Any:
+    graph: Graph
+    params: Any
+    batches: Iterable[Any]
+    sharding: NamedSharding | None
+    progress: Progress
+
+    def read(self, description: str) -> Iterable[Any]:
+        """The batches, with a bar."""
+        total = len(self.batches) if isinstance(self.batches, Sequence) else None
+        return self.progress(self.batches, description, total)
+
+    def accumulate(
+        self,
+        batches: Iterable[Any],
+        step: Callable[[Any], dict[str, list[Any]]],
+        add: Callable[[Any, Any], Any],
+        run: Run,
+    ) -> tuple[dict[str, list[Any]], int]:
+        """The records of all batches together, by site, and how many examples there were."""
+        records, count = _decoded(run.restored)
+        for inputs, size in spread_exactly(run.remaining(batches), self.sharding):
+            found = to_host(step(inputs))
+            records = found if not records else jax.tree.map(add, records, found)
+            count += size
+            run.after_round(functools.partial(_encoded, records, count))
+        run.after_round(functools.partial(_encoded, records, count), last=True)
+        return records, count
+
+
+def _encoded(records: Mapping[str, list[Any]], examples: int) -> dict[str, np.ndarray]:
+    """Records as arrays by name, as checkpoints keep them."""
+    named = {
+        urllib.parse.quote(f"{site}:{position:02d}", safe=""): np.asarray(value)
+        for site, values in records.items()
+        for position, value in enumerate(values)
+    }
+    return {**named, "examples": np.asarray([examples], np.int64)}
+
+
+def _decoded(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, list[Any]], int]:
+    records: dict[str, list[Any]] = {}
+    for name, value in arrays.items():
+        if name != "examples":
+            records.setdefault(urllib.parse.unquote(name).rpartition(":")[0], []).append(value)
+    return records, int(arrays["examples"][0]) if arrays else 0
+
+
+def _minimum_and_maximum(data: _Data, run: Run) -> tuple[dict[str, list[tuple[Any, Any]]], int]:
+    """Per site and activation (minimum, maximum); sites that no example reaches are left out."""
+    graph, sharding = data.graph, data.sharding
+
+    @jax.jit
+    def lows(leaves: list[Any], inputs: Any) -> Any:
         _, records = interpret(graph, _lows_handler, leaves, inputs, absent=_no_lows)
         return {s: [_over_recurrence(graph.site[s], x) for x in v] for s, v in records.items()}
 
-    jitted = jax.jit(step)
-    lows: dict[str, Any] = {}
-    examples, is_checked = 0, False
-    for number, inputs in enumerate(progress(batches, "calibrating ranges", total)):
-        check_finite(inputs, f"calibration batch {number}", leaf_names(inputs))
-        one_example(inputs)
-        size = jax.tree.leaves(inputs)[0].shape[0]
-        if size > 1 and not is_checked:
-            check_examples_independent(graph.apply, params, inputs)
+    leaves, is_checked = jax.tree.leaves(data.params), False
+
+    def checked(batches: Iterable[Any]) -> Iterable[Any]:
+        for number, inputs in enumerate(batches):
+            check_finite(inputs, f"calibration batch {number}", leaf_names(inputs))
+            one_example(inputs)
+            yield inputs
+
+    def step(inputs: Any) -> Any:
+        nonlocal is_checked
+        if jax.tree.leaves(inputs)[0].shape[0] > 1 and not is_checked:
+            _check_examples_independent(graph, data.params, inputs, sharding)
             is_checked = True
-        examples += size
-        found = jitted(leaves, inputs)
+        found = to_host(lows(leaves, inputs))
         for site, values in found.items():
             _check_lows(site, values)
-        lows = found if not lows else jax.tree.map(jnp.minimum, lows, found)
+        return found
+
+    batches = checked(data.read("calibrating ranges"))
+    found, examples = data.accumulate(batches, step, np.minimum, run)
     if examples == 0:
         raise CalibrationError("the calibration data holds no examples")
-    reached = {s: v for s, v in lows.items() if all(np.any(np.isfinite(x)) for x in v)}
+    reached = {s: v for s, v in found.items() if all(np.any(np.isfinite(x)) for x in v)}
     pairs = {s: [_fill_unreached(x) for x in v] for s, v in reached.items()}
     return {s: [(x[..., 0], -x[..., 1]) for x in v] for s, v in pairs.items()}, examples
+
+
+def _check_examples_independent(
+    graph: Graph, params: Any, inputs: Any, sharding: NamedSharding | None
+) -> None:
+    if sharding is None:
+        check_examples_independent(graph.apply, params, inputs)
+        return
+    everywhere = Layout(sharding).replicated
+
+    def apply(params: Any, inputs: Any) -> Any:
+        return jax.lax.with_sharding_constraint(graph.apply(params, inputs), everywhere)
+
+    check_examples_independent(apply, params, few_everywhere(inputs, sharding))
 
 
 # A range is kept as [min(x), min(-x)], so that +inf means "not reached yet" for both: the value of
@@ -222,8 +314,8 @@ def _over_recurrence(site: Site, lows: Any) -> Any:
 
 def _fill_unreached(lows: Any) -> Any:
     """Layers of a stack that no example reached get the range of those that were."""
-    together = jnp.min(lows, axis=tuple(range(lows.ndim - 1)))
-    return jnp.where(jnp.isfinite(lows), lows, together)
+    together = np.min(lows, axis=tuple(range(lows.ndim - 1)))
+    return np.where(np.isfinite(lows), lows, together)
 
 
 def _check_lows(site: str, values: list[Any]) -> None:
@@ -236,14 +328,13 @@ def _check_lows(site: str, values: list[Any]) -> None:
 
 
 def _histograms(
-    graph: Graph,
-    leaves: list[Any],
-    extremes: Mapping[str, list[tuple[Any, Any]]],
-    batches: Iterable[Any],
-    total: int | None,
-    progress: Progress,
+    data: _Data, extremes: Mapping[str, list[tuple[Any, Any]]], run: Run
 ) -> dict[str, list[Any]]:
-    def step(leaves: list[Any], extremes: Any, inputs: Any) -> Any:
+    """Counts per site and activation, float64: exact however many there are."""
+    graph, leaves = data.graph, jax.tree.leaves(data.params)
+
+    @jax.jit
+    def counts(leaves: list[Any], extremes: Any, inputs: Any) -> Any:
         _, records = interpret(graph, _histogram_handler, leaves, inputs, state=extremes)
         summed = {}
         for name, counts in records.items():
@@ -252,12 +343,11 @@ def _histograms(
             summed[name] = [jnp.sum(c, axis=axes) if axes else c for c in counts]
         return summed
 
-    jitted = jax.jit(step)
-    result: dict[str, list[Any]] = {}
-    for inputs in progress(batches, "calibrating histograms", total):
-        found = jitted(leaves, dict(extremes), inputs)
-        result = found if not result else jax.tree.map(jnp.add, result, found)
-    return result
+    def step(inputs: Any) -> Any:
+        found = to_host(counts(leaves, dict(extremes), inputs))
+        return jax.tree.map(lambda x: x.astype(np.float64), found)
+
+    return data.accumulate(data.read("calibrating histograms"), step, np.add, run)[0]
 
 
 def _histogram_handler(call: SiteCall) -> tuple[Any, Any]:

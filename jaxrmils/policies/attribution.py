@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxrmils.graph import Graph, tabulate
 from jaxrmils.graph.checks import check_finite
 from jaxrmils.graph.naming import leaf_names
 from jaxrmils.numerics.calibration import Ranges, check_params
+from jaxrmils.numerics.placement import in_reading_order, spread, to_host, with_params
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError
 from jaxrmils.policies.plan import Plan, check_plan, roundings_by_site
 from jaxrmils.progress import Progress, silent
@@ -76,6 +78,7 @@ def attribute(
     ranges: Ranges,
     *,
     points: int = 2,
+    sharding: NamedSharding | None = None,
     progress: Progress = silent,
 ) -> PlanAttribution:
     """Attributes the joint loss change of a plan to its layers, example by example.
@@ -90,6 +93,7 @@ def attribute(
       loss: `loss(outputs, targets) -> [batch]`.
       ranges: the ranges that the plan was made with.
       points: Gauss-Legendre points; each costs a forward and a backward pass.
+      sharding: how the examples' axis is split over a mesh, as in `score`.
       progress: see `jaxrmils.progress`.
 
     Returns:
@@ -99,18 +103,26 @@ def attribute(
       PlanError: the plan or the ranges are another model's.
       ScoreError: no data, targets that do not fit, or a loss that is not finite.
       TraceError: params or inputs that do not fit.
+      PlacementError: a sharding by which batches can't be spread.
     """
+    params = with_params(params, sharding)
     check_params(graph, params)
     check_plan(plan, tabulate(graph))
     if ranges.fingerprint != graph.fingerprint:
         raise PlanError("the ranges were calibrated on another model; calibrate this one")
     formats = formats_of(graph, plan)
-    step = jax.jit(lambda p, x, y: secant(graph, p, x, y, loss, ranges, formats, points=points))
-    parts = [
-        finite(jax.device_get(step(params, inputs, targets)), number)
-        for number, inputs, targets in checked(graph, batches, progress, "attributing")
-    ]
-    return by_layer(graph, plan, parts)
+
+    @jax.jit
+    def step(params: Any, ranges: Ranges, inputs: Any, targets: Any) -> Attribution:
+        return secant(graph, params, inputs, targets, loss, ranges, formats, points=points)
+
+    grids, parts, readers = to_host(ranges), [], []
+    read = checked(graph, batches, progress, "attributing")
+    for number, placed in enumerate(spread((batch for _, *batch in read), sharding)):
+        found = step(params, grids, *placed.values)
+        parts.append(finite(placed.taken(found), number))
+        readers.append(placed.readers)
+    return by_layer(graph, plan, parts, np.concatenate(readers))
 
 
 def checked(
@@ -137,9 +149,19 @@ def finite(found: Attribution, number: int) -> Attribution:
     return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
 
 
-def by_layer(graph: Graph, plan: Plan, parts: Sequence[Attribution]) -> PlanAttribution:
-    """The attributions of all batches, summed over each planned layer's sites."""
+def by_layer(
+    graph: Graph, plan: Plan, parts: Sequence[Attribution], readers: np.ndarray
+) -> PlanAttribution:
+    """The attributions of all batches, summed over each planned layer's sites.
+
+    Args:
+      graph: from `trace`.
+      plan: what is quantized.
+      parts: float64, by batch.
+      readers: [N], as in `in_reading_order`.
+    """
     merged = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    merged = in_reading_order(readers, merged)
     layers = {
         name: np.zeros_like(merged.float_loss)
         for name, layer in plan.layers.items()

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxrmils.graph import Graph, tabulate
 from jaxrmils.numerics.calibration import Ranges, check_params
+from jaxrmils.numerics.placement import Layout, in_reading_order, spread, to_host, with_params
 from jaxrmils.policies.attribution import PlanAttribution, by_layer, checked, finite
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError
 from jaxrmils.policies.plan import Plan, check_plan, roundings_by_site
@@ -33,7 +35,6 @@ from jaxrmils.sensitivity import (
     secant,
     weight_noise,
 )
-from jaxrmils.sensitivity.scores import padded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,11 +45,13 @@ class Simulator:
       graph: from `trace`.
       loss: `loss(outputs, targets) -> [batch]`.
       points: quadrature points of an attribution.
+      sharding: how the examples' axis is split over a mesh, as in `score`.
     """
 
     graph: Graph
     loss: Loss
     points: int = 2
+    sharding: NamedSharding | None = None
 
     @functools.cached_property
     def noise(self) -> Any:
@@ -96,13 +99,15 @@ class Simulator:
           PlanError: the ranges are another model's.
           ScoreError: no data, targets that do not fit.
           TraceError: params or inputs that do not fit.
+          PlacementError: a sharding by which batches can't be spread.
         """
+        params = with_params(params, self.sharding)
         check_params(self.graph, params)
         if ranges.fingerprint != self.graph.fingerprint:
             raise PlanError("the ranges were calibrated on another model; calibrate this one")
         for _ in checked(self.graph, batches):
             pass
-        return Simulation(self, params, self.noise(params), ranges, batches)
+        return Simulation(self, params, self.noise(params), to_host(ranges), batches)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,7 +123,12 @@ class Simulation:
     @functools.cached_property
     def float_loss(self) -> np.ndarray:
         """float64 [N]: the float model's losses."""
-        return self._losses(all_off(self.simulator.graph, self.ranges))
+        return self._float_losses[0]
+
+    @functools.cached_property
+    def _float_losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """And whose examples they are."""
+        return self._losses(to_host(all_off(self.simulator.graph, self.ranges)))
 
     def change(self, plan: Plan) -> np.ndarray:
         """float64 [N]: quantized minus float loss of every example.
@@ -127,54 +137,54 @@ class Simulation:
           PlanError: the plan is for another model, or quantizes what has no range.
           ScoreError: a loss is not finite.
         """
-        return self._losses(self._switches(plan)) - self.float_loss
+        return self._losses(self._switches(plan))[0] - self.float_loss
 
     def attribute(self, plan: Plan, progress: Progress = silent) -> PlanAttribution:
         """The plan's joint change, shared out among its layers; see `attribute`."""
-        switches, parts = self._switches(plan), []
-        total, start = len(self.batches), 0
-        for number, (x, y) in enumerate(progress(self.batches, "attributing", total)):
-            inputs, targets, count = self._whole(x, y)
-            size = jax.tree.leaves(inputs)[0].shape[0]
-            known = np.resize(self.float_loss[start : start + count], size).astype(np.float32)
-            start += count
+        switches, parts, readers = self._switches(plan), [], []
+        read = progress(self._with_float_losses(), "attributing", len(self.batches))
+        for number, placed in enumerate(spread(read, self.simulator.sharding)):
             found = self.simulator.secants(
-                self.params, self.noise, self.ranges, switches, inputs, targets, known
+                self.params, self.noise, self.ranges, switches, *placed.values
             )
-            part = jax.tree.map(lambda a, n=count: np.asarray(a)[:n], jax.device_get(found))
-            parts.append(finite(part, number))
-        return by_layer(self.simulator.graph, plan, parts)
+            parts.append(finite(placed.taken(found), number))
+            readers.append(placed.readers)
+        return by_layer(self.simulator.graph, plan, parts, np.concatenate(readers))
+
+    def _with_float_losses(self) -> Iterator[tuple[Any, Any, np.ndarray]]:
+        """This process's batches, each with the float losses of its examples."""
+        losses, readers = self._float_losses
+        sharding = self.simulator.sharding
+        if sharding is not None:
+            losses = losses[readers == Layout(sharding).own]
+        start = 0
+        for inputs, targets in self.batches:
+            stop = start + jax.tree.leaves(inputs)[0].shape[0]
+            yield inputs, targets, losses[start:stop].astype(np.float32)
+            start = stop
 
     def _switches(self, plan: Plan) -> Any:
         check_plan(plan, tabulate(self.simulator.graph))
-        return plan_switches(self.simulator.graph, self.ranges, plan)
+        return to_host(plan_switches(self.simulator.graph, self.ranges, plan))
 
-    def _losses(self, switches: Any) -> np.ndarray:
-        parts = []
-        for x, y in self.batches:
-            inputs, targets, count = self._whole(x, y)
+    def _losses(self, switches: Any) -> tuple[np.ndarray, np.ndarray]:
+        """float64 [N], and whose examples they are."""
+        parts, readers = [], []
+        for placed in spread(self.batches, self.simulator.sharding):
             found = self.simulator.losses(
-                self.params, self.noise, self.ranges, switches, inputs, targets
+                self.params, self.noise, self.ranges, switches, *placed.values
             )
-            parts.append(np.asarray(found, np.float64)[:count])
-        losses = np.concatenate(parts)
+            parts.append(placed.taken(found).astype(np.float64))
+            readers.append(placed.readers)
+        readers = np.concatenate(readers)
+        losses, readers = in_reading_order(readers, (np.concatenate(parts), readers))
         bad = np.flatnonzero(~np.isfinite(losses))
         if bad.size:
             raise ScoreError(
                 f"the loss of example {bad[0]} is {losses[bad[0]]} ({bad.size} of {losses.size} "
                 "examples); finite values were expected"
             )
-        return losses
-
-    def _whole(self, inputs: Any, targets: Any) -> tuple[Any, Any, int]:
-        """A batch filled up to the first one's size, so that it does not compile again."""
-        count = jax.tree.leaves(inputs)[0].shape[0]
-        return *padded((inputs, targets), self._size), count
-
-    @functools.cached_property
-    def _size(self) -> int:
-        """Examples in the first batch."""
-        return jax.tree.leaves(self.batches[0][0])[0].shape[0]
+        return losses, readers
 
 
 def plan_switches(

@@ -17,6 +17,10 @@ from jaxrmils.sensitivity.losses import per_sequence as per_sequence
 from jaxrmils.sensitivity.losses import squared_error as squared_error
 from jaxrmils.sensitivity.losses import token_cross_entropy as token_cross_entropy
 from jaxrmils.sensitivity.losses import with_float_outputs as with_float_outputs
+from jaxrmils.sensitivity.moments import Moments as Moments
+from jaxrmils.sensitivity.moments import ScoreMoments as ScoreMoments
+from jaxrmils.sensitivity.moments import moments_of as moments_of
+from jaxrmils.sensitivity.moments import score_moments as score_moments
 from jaxrmils.sensitivity.perturb import all_off as all_off
 from jaxrmils.sensitivity.perturb import perturbed_losses as perturbed_losses
 from jaxrmils.sensitivity.perturb import perturbed_outputs as perturbed_outputs

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxrmils.graph import Graph, ModelTable, tabulate
 from jaxrmils.graph.checks import check_finite
 from jaxrmils.graph.naming import leaf_names
 from jaxrmils.numerics.calibration import Ranges, check_params
+from jaxrmils.numerics.placement import in_reading_order, spread, to_host, with_params
+from jaxrmils.numerics.placement import padded as padded
+from jaxrmils.numerics.progress_checkpoint import PathLike, Run, job_of
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity.candidates import (
     ACTIVATION_CANDIDATES,
@@ -119,6 +124,9 @@ def score(
     activation_candidates: Sequence[Candidate] = ACTIVATION_CANDIDATES,
     weight_candidates: Sequence[Candidate] = WEIGHT_CANDIDATES,
     shift_probe: bool = False,
+    sharding: NamedSharding | None = None,
+    checkpoint: PathLike | None = None,
+    checkpoint_seconds: float = 60.0,
     progress: Progress = silent,
 ) -> Scores:
     """Scores every site and candidate over a selection set, in one pass.
@@ -126,12 +134,18 @@ def score(
     Args:
       graph: from `trace`.
       params: concrete parameters.
-      batches: `(inputs, targets)` batches of the selection data.
+      batches: `(inputs, targets)` batches of the selection data. On several hosts, each process
+        passes its own part of them, and the scores hold process 0's examples first.
       loss: `loss(outputs, targets) -> [batch]`.
       ranges: from `calibrate`, on other data.
       activation_candidates: formats to score for activations.
       weight_candidates: formats to score for weights.
       shift_probe: also run the paper's shift probe (two forward passes per operand and batch).
+      sharding: how the examples' axis is split over a mesh, such as
+        `NamedSharding(mesh, PartitionSpec("data"))`; params stay as they are sharded. Batches are
+        filled up to divide by the devices. None for one device.
+      checkpoint: a folder that keeps the progress, from which the same job goes on.
+      checkpoint_seconds: the least time between two saves.
       progress: see `jaxrmils.progress`.
 
     Returns:
@@ -140,98 +154,172 @@ def score(
     Raises:
       ScoreError: no data, a loss that is not finite, labels outside the model's classes.
       TraceError: params are not the traced model's, NaN in inputs.
+      PlacementError: a sharding by which batches can't be spread.
+      CheckpointError: the checkpoint is that of another job.
     """
-    check_params(graph, params)
-    check_ranges(graph, ranges)
-    activation_candidates = tuple(activation_candidates)
-    weight_candidates = tuple(weight_candidates)
-    noise = jax.jit(lambda p: weight_noise(graph, p, weight_candidates))(params)
+    scoring = Scoring(
+        graph,
+        with_params(params, sharding),
+        loss,
+        ranges,
+        tuple(activation_candidates),
+        tuple(weight_candidates),
+        shift_probe,
+        sharding,
+    )
+    parts: list[dict[str, np.ndarray]] = []
 
-    def step(params: Any, noise: Any, inputs: Any, targets: Any) -> tuple[Any, Any]:
+    def joined() -> dict[str, np.ndarray]:
+        parts[:] = [{name: np.concatenate([p[name] for p in parts]) for name in parts[0]}]
+        return parts[0]
+
+    first, batches, total = opened(batches)
+    with scoring.run("score", first, checkpoint, checkpoint_seconds) as run:
+        if run.restored:
+            parts.append(run.restored)
+        for part in scoring.matrices(progress(batches, "scoring", total), run):
+            parts.append(part)
+            run.after_round(joined)
+        run.after_round(joined, last=True)
+    merged = joined()
+    return scoring.scores(in_reading_order(merged.pop("readers"), merged))
+
+
+def opened(batches: Iterable[Any]) -> tuple[Any, Iterable[Any], int | None]:
+    """The first batch, all batches, and how many they are if that is known; ScoreError if none."""
+    total = len(batches) if isinstance(batches, Sequence) else None
+    iterator = iter(batches)
+    for first in iterator:
+        return first, itertools.chain([first], iterator), total
+    raise ScoreError("the selection data holds no examples")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scoring:
+    """How batches are scored: the arguments of `score` that are not data."""
+
+    graph: Graph
+    params: Any
+    loss: Loss
+    ranges: Ranges
+    activation_candidates: tuple[Candidate, ...]
+    weight_candidates: tuple[Candidate, ...]
+    shift_probe: bool = False
+    sharding: NamedSharding | None = None
+
+    def __post_init__(self) -> None:
+        check_params(self.graph, self.params)
+        check_ranges(self.graph, self.ranges)
+
+    @property
+    def activation_rows(self) -> tuple[tuple[str, int], ...]:
+        """The (site, position) of every operand that has a range."""
+        stats = self.ranges.stats.items()
+        return tuple((site, position) for site, each in stats for position in range(len(each)))
+
+    @property
+    def weight_rows(self) -> tuple[str, ...]:
+        """The site of every weight use."""
+        if not self.weight_candidates:
+            return ()
+        return tuple(site.name for site in self.graph.sites if site.weight)
+
+    def run(self, kind: str, first: Any, folder: PathLike | None, seconds: float) -> Run:
+        """A pass over data whose progress is kept; `first` is its first batch."""
+
+        # Of shape and dtype alone: every process reads other examples.
+        targets = jax.tree.map(lambda x: jnp.zeros_like(np.asarray(x)[:1]), first[1])
+
+        def program(params: Any, inputs: Any) -> Any:
+            return self.loss(self.graph.apply(params, inputs), targets)
+
+        def job() -> dict[str, str]:
+            return job_of(
+                kind,
+                self.graph,
+                self.params,
+                self.sharding,
+                program=program,
+                values=self.ranges,
+                activation_candidates=self.activation_candidates,
+                weight_candidates=self.weight_candidates,
+                shift_probe=self.shift_probe,
+            )
+
+        return Run(folder, job, sharding=self.sharding, seconds=seconds)
+
+    def step(self, params: Any, noise: Any, ranges: Ranges, inputs: Any, targets: Any) -> Any:
+        """The matrices of a batch."""
         result = contributions(
-            graph,
+            self.graph,
             params,
             inputs,
             targets,
-            loss,
+            self.loss,
             ranges,
-            activation_candidates=activation_candidates,
-            weight_candidates=weight_candidates,
+            activation_candidates=self.activation_candidates,
+            weight_candidates=self.weight_candidates,
             noise=noise,
         )
-        if not shift_probe:
-            return result, None
-        secants = shift_secants(graph, params, inputs, targets, loss, ranges, bits=SHIFT_BITS)
-        return result, secants
+        widths = len(self.activation_candidates), len(self.weight_candidates)
+        rows, count = self.activation_rows, result.loss.shape[0]
+        found = {
+            "loss": result.loss,
+            "activations": _columns(result.activations, rows, count, widths[0]),
+            "weights": _stack([result.weights[s] for s in self.weight_rows], count, widths[1]),
+            "gradient_sum": _columns(result.gradient_sum, rows, count),
+            "gradient_square": _columns(result.gradient_square, rows, count),
+        }
+        if self.shift_probe:
+            secants = shift_secants(
+                self.graph, params, inputs, targets, self.loss, ranges, bits=SHIFT_BITS
+            )
+            found["shift"] = _columns(secants, rows, count, len(SHIFT_BITS))
+        return found
 
-    jitted = jax.jit(step)
-    parts = []
-    total = len(batches) if isinstance(batches, Sequence) else None
-    size = None
-    for number, (inputs, targets) in enumerate(progress(batches, "scoring", total)):
-        check_finite(inputs, f"selection batch {number}", leaf_names(inputs))
-        check_targets(graph, inputs, targets, number)
-        count = jax.tree.leaves(inputs)[0].shape[0]
-        if count == 0:
-            continue
-        size = size or count
-        inputs, targets = padded((inputs, targets), size)
-        result = jax.device_get(jitted(params, noise, inputs, targets))
-        part = jax.tree.map(lambda x, n=count: np.asarray(x)[:n], result)
-        _check_loss(part[0].loss, sum(len(p[0].loss) for p in parts))
-        parts.append(part)
-    if not parts:
-        raise ScoreError("the selection data holds no examples")
-    merged, secants = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    return _assemble(graph, ranges, merged, secants)
+    def matrices(self, batches: Iterable[Any], run: Run) -> Iterator[dict[str, np.ndarray]]:
+        """The matrices of every batch, float32, and whose examples they are, int32 "readers"."""
+        noise = jax.jit(lambda p: weight_noise(self.graph, p, self.weight_candidates))(self.params)
+        ranges, step, seen = to_host(self.ranges), jax.jit(self.step), 0
+        batches = run.remaining(self._checked(batches))
+        for placed in spread(batches, self.sharding, rows=run.rows):
+            run.rows = placed.per_device
+            part = placed.taken(step(self.params, noise, ranges, *placed.values))
+            _check_loss(part["loss"], seen)
+            seen += len(part["loss"])
+            yield {**part, "readers": placed.readers}
+        if not seen and not run.restored:
+            raise ScoreError("the selection data holds no examples")
 
+    def _checked(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        for number, (inputs, targets) in enumerate(batches):
+            check_finite(inputs, f"selection batch {number}", leaf_names(inputs))
+            check_targets(self.graph, inputs, targets, number)
+            yield inputs, targets
 
-def _assemble(
-    graph: Graph, ranges: Ranges, merged: Contributions, secants: Mapping[str, Any] | None
-) -> Scores:
-    """The matrices of all examples, from contributions by site."""
-    rows = tuple(
-        (site, position) for site, stats in ranges.stats.items() for position in range(len(stats))
-    )
-    weight_rows = tuple(site for site in (s.name for s in graph.sites) if site in merged.weights)
-    widths = len(merged.activation_candidates), len(merged.weight_candidates)
-    return Scores(
-        table=tabulate(graph),
-        ranges=ranges,
-        loss=merged.loss,
-        activations=_columns(merged.activations, rows, merged.loss, widths[0]),
-        weights=_stack([merged.weights[s] for s in weight_rows], merged.loss, widths[1]),
-        gradient_sum=_columns(merged.gradient_sum, rows, merged.loss),
-        gradient_square=_columns(merged.gradient_square, rows, merged.loss),
-        shift=_columns(secants, rows, merged.loss, len(SHIFT_BITS)) if secants else None,
-        activation_rows=rows,
-        weight_rows=weight_rows,
-        activation_candidates=merged.activation_candidates,
-        weight_candidates=merged.weight_candidates,
-    )
+    def scores(self, matrices: Mapping[str, Any]) -> Scores:
+        """The matrices of all examples as `Scores`."""
+        return Scores(
+            table=tabulate(self.graph),
+            ranges=self.ranges,
+            **{"shift": None, **matrices},
+            activation_rows=self.activation_rows,
+            weight_rows=self.weight_rows,
+            activation_candidates=self.activation_candidates,
+            weight_candidates=self.weight_candidates,
+        )
 
 
 def _columns(
-    by_site: Mapping[str, Any], rows: Sequence[tuple[str, int]], loss: np.ndarray, *last: int
-) -> np.ndarray:
-    return _stack([by_site[site][:, position] for site, position in rows], loss, *last)
+    by_site: Mapping[str, Any], rows: Sequence[tuple[str, int]], count: int, *last: int
+) -> Any:
+    return _stack([by_site[site][:, position] for site, position in rows], count, *last)
 
 
-def _stack(columns: list[np.ndarray], loss: np.ndarray, *last: int) -> np.ndarray:
+def _stack(columns: list[Any], count: int, *last: int) -> Any:
     if not columns:
-        return np.zeros((len(loss), 0, *last), np.float32)
-    return np.stack(columns, axis=1)
-
-
-def padded(batch: Any, size: int) -> Any:
-    """The batch, filled up with its first example so that it does not compile again."""
-
-    def pad(x: Any) -> Any:
-        x = np.asarray(x)
-        missing = size - x.shape[0]
-        return x if missing <= 0 else np.concatenate([x, np.repeat(x[:1], missing, axis=0)])
-
-    return jax.tree.map(pad, batch)
+        return jnp.zeros((count, 0, *last), jnp.float32)
+    return jnp.stack(columns, axis=1)
 
 
 def _check_loss(loss: np.ndarray, offset: int) -> None:

@@ -1,44 +1,134 @@
-"""Run by `test_sharded.py` in a process with four virtual devices."""
+"""Run by `test_sharded.py` in a process with eight virtual devices."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxrmils as jr
+from jaxrmils.numerics.progress_checkpoint import digest
+from jaxrmils.policies import Simulator
+from jaxrmils.sensitivity import weight_noise
+from jaxrmils.sensitivity.moments import score_moments
+
+TENSOR_PARALLEL = {"a": P(None, "model"), "stack": P(None, None, "model"), "b": P("model", None)}
+FULLY_SHARDED = {"a": P("data"), "stack": P(None, "data"), "b": P("data")}
 
 
 def apply(params, x):
-    return jax.nn.relu(x @ params["a"]) @ params["b"]
+    """A dense layer, two scanned ones, a product of activations, and another dense layer."""
+    h = jax.nn.relu(x @ params["a"])
+    h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, params["stack"])
+    h = jnp.einsum("nij,njk->nik", *[h.reshape(-1, 4, 4)] * 2).reshape(-1, 16)
+    return h @ params["b"]
 
 
 def loss(outputs, targets):
     return jnp.mean((outputs - targets[:, None]) ** 2, axis=-1)
 
 
-def main():
-    assert len(jax.devices()) == 4
+def model():
     keys = jax.random.split(jax.random.key(0), 3)
-    params = {"a": jax.random.normal(keys[0], (16, 32)), "b": jax.random.normal(keys[1], (32, 8))}
-    x, y = jax.random.normal(keys[2], (8, 16)), jnp.zeros(8)
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
-    specs = {"a": P(None, "model"), "b": P("model", None)}
-    sharded = {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in params.items()}
-    batch = jax.device_put(x, NamedSharding(mesh, P("data")))
-    graph = jr.trace(apply, params, x)
+    shapes = {"a": (16, 16), "stack": (2, 16, 16), "b": (16, 8)}
+    params = {n: jax.random.normal(k, shapes[n]) / 2 for n, k in zip(shapes, keys, strict=True)}
+    return params, jr.trace(apply, params, jax.ShapeDtypeStruct((2, 16), jnp.float32))
+
+
+def data(seed=0, sizes=(8, 8, 5)):
+    """The last batch divides by no number of devices; targets have numpy's own integers."""
+    rng = np.random.default_rng(seed)
+    return [(rng.normal(size=(n, 16)).astype(np.float32), rng.integers(0, 3, n)) for n in sizes]
+
+
+def float_loss(outputs, targets):
+    return loss(outputs, targets.astype(jnp.float32))
+
+
+def everything(graph, params, batches, sharding):
+    """What a user of several devices computes."""
+    plan = jr.uniform(jr.tabulate(graph), "w4a8")
+    found, ranges = brief(graph, params, batches, sharding)
+    moments = score_moments(graph, params, batches, float_loss, ranges, sharding=sharding)
+    parts = jr.attribute(graph, params, plan, batches, float_loss, ranges, sharding=sharding)
+    on = Simulator(graph, float_loss, sharding=sharding).on(params, ranges, batches)
+    return {
+        **found,
+        "mean": moments.moments.mean,
+        "products": moments.moments.products,
+        "layers": parts.layers,
+        "simulated": on.attribute(plan).layers,
+        "change": on.change(plan),
+    }
+
+
+def brief(graph, params, batches, sharding, checkpoint=None):
+    """Ranges and scores."""
+    keep = {"sharding": sharding, "checkpoint_seconds": 0.0}
+    folders = [None, None] if checkpoint is None else [checkpoint / "ranges", checkpoint / "scores"]
+    inputs = [x for x, _ in batches]
+    ranges = jr.calibrate(graph, params, inputs, checkpoint=folders[0], **keep)
+    scores = jr.score(graph, params, batches, float_loss, ranges, checkpoint=folders[1], **keep)
+    found = {
+        "grids": jax.tree.leaves(ranges.grids),
+        "histograms": [s.histogram for each in ranges.stats.values() for s in each],
+        "examples": np.float32(ranges.examples),
+        "loss": scores.loss,
+        "activations": scores.activations,
+        "weights": scores.weights,
+        "gradient_square": scores.gradient_square,
+    }
+    return found, ranges
+
+
+def check(expected, found):
+    """Equal but for the order of sums: an activation may fall on the other side of a step."""
+    for name in found:
+        for one, many in zip(
+            jax.tree.leaves(expected[name]), jax.tree.leaves(found[name]), strict=True
+        ):
+            one, many = np.asarray(one, np.float64), np.asarray(many, np.float64)
+            assert one.shape == many.shape, (name, one.shape, many.shape)
+            if name == "histograms":
+                assert one.sum() == many.sum() and np.abs(one - many).sum() <= 4, name
+                continue
+            scale = float(np.abs(one).max())
+            np.testing.assert_allclose(many, one, rtol=0, atol=1e-4 * scale, err_msg=name)
+
+
+def quantized(graph, params, sharded, mesh):
+    """The integer model with sharded parameters gives the same numbers."""
+    x = data()[0][0]
     ranges = jr.calibrate(graph, params, [x])
-    score = jax.jit(lambda p, x: jr.contributions(graph, p, x, y, loss, ranges))
-    for one, many in zip(
-        jax.tree.leaves(score(params, x)), jax.tree.leaves(score(sharded, batch)), strict=True
-    ):
-        np.testing.assert_allclose(one, many, atol=2e-5 * float(jnp.abs(one).max()) + 1e-7)
     plan = jr.uniform(jr.tabulate(graph), "w4a8")
     single = jr.quantize(graph, params, plan, ranges)
     model = jr.quantize(graph, sharded, plan, ranges)
-    outputs = jax.jit(model.apply)(model.params, batch)
-    np.testing.assert_array_equal(outputs, jax.jit(single.apply)(single.params, x))
+    outputs = jax.jit(model.apply)(model.params, jax.device_put(x, NamedSharding(mesh, P("data"))))
+    np.testing.assert_allclose(outputs, jax.jit(single.apply)(single.params, x), atol=1e-5)
     assert outputs.sharding.spec == P("data")
+
+
+def main():
+    assert len(jax.devices()) == 8
+    params, graph = model()
+    one = everything(graph, params, data(), None)
+    axes = ("data", "model")
+    mesh = jax.make_mesh((4, 2), axes, axis_types=(AxisType.Auto,) * 2)
+    place = lambda mesh, specs: {  # noqa: E731
+        k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in params.items()
+    }
+    sharded = place(mesh, TENSOR_PARALLEL)
+    check(one, everything(graph, sharded, data(), NamedSharding(mesh, P("data"))))
+    quantized(graph, params, sharded, mesh)
+    assert digest(sharded) == digest(params)
+    noise = jax.jit(lambda p: weight_noise(graph, p))(sharded)
+    assert noise["a"][0].sharding.is_equivalent_to(sharded["a"].sharding, 2), noise["a"][0].sharding
+    # The axes that make_mesh makes by itself are part of the types of values.
+    explicit = jax.make_mesh((4, 2), axes)
+    sharded = place(explicit, FULLY_SHARDED)
+    check(one, brief(graph, sharded, data(), NamedSharding(explicit, P("data")))[0])
+    # Parameters of one device, examples over all eight.
+    check(one, brief(graph, params, data(), NamedSharding(mesh, P(axes)))[0])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ def test_sharded_equals_single_device():
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     }
     script = Path(__file__).parent / "sharded_job.py"
     done = subprocess.run(
