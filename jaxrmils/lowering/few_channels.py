@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Int32
 
-CHANNELS = 4
-"""Input channels from which on a convolution is left as it is."""
+_CHANNELS = 4
+"""What the kernels multiply at a time."""
 
 
 def few_channels_conv(
@@ -24,7 +24,7 @@ def few_channels_conv(
     strides: Sequence[int],
     dimension_numbers: lax.ConvDimensionNumbers,
 ) -> Int32[Array, "*out"]:
-    """A convolution without padding, dilation or groups, of fewer than `CHANNELS` channels.
+    """A convolution without padding, dilation or groups, of few channels.
 
     With stride s > 1, pixel s i + b of the input becomes channel b of pixel i, and the same happens
     to the kernel, filled up with zeros to a multiple of s:
@@ -52,7 +52,7 @@ def few_channels_conv(
     if fits and any(stride > 1 for stride in strides):
         lhs, rhs = _space_to_depth(lhs, rhs, strides)
         strides = (1,) * len(strides)
-    missing = -rhs.shape[-2] % CHANNELS
+    missing = -rhs.shape[-2] % _CHANNELS
     lhs = jnp.pad(lhs, [(0, 0)] * (lhs.ndim - 1) + [(0, missing)])
     rhs = jnp.pad(rhs, [(0, 0)] * (rhs.ndim - 2) + [(0, missing), (0, 0)])
     ndim = lhs.ndim

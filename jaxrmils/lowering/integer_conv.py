@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int, Int32
 
-from jaxrmils.lowering.few_channels import CHANNELS, few_channels_conv
+from jaxrmils.lowering.few_channels import few_channels_conv
 from jaxrmils.lowering.integer_dot import (
     Backend,
     check_accumulator,
@@ -24,10 +24,7 @@ from jaxrmils.lowering.integer_dot import (
     kernel_operands,
     scalar_zero_point,
 )
-
-
-_ALWAYS_FAST = 16
-"""With no more features than this, XLA:CPU has no int8 kernel that writing it anew could reach."""
+from jaxrmils.lowering.table import conv_operation, row_of
 
 
 def conv_int32(
@@ -46,7 +43,6 @@ def conv_int32(
     lhs_bits: int = 8,
     rhs_bits: int = 8,
     backend: Backend = "cpu",
-    in_float32: bool = False,
 ) -> Int32[Array, "*out"] | Float32[Array, "*out"]:
     """The exact int32 convolution of codes, the input's zero point subtracted.
 
@@ -69,10 +65,8 @@ def conv_int32(
             only if there is a zero point.
         lhs_bits: width of the codes of `lhs` where they are held as int8; static.
         rhs_bits: width of the codes of `rhs` where they are held as int8; static.
-        backend: where the program will run; static. It changes the formulation, not the result.
-        in_float32: convert the convolution to float32 at once and correct for the zero point there,
-            static. XLA for CUDA compiles int8 convolutions in this form alone. Exact while sums
-            stay below 2^24.
+        backend: where the program will run; static. It changes the formulation (see `table.py`),
+            not the result; on "cuda" that is float32, exact while sums stay below 2^24.
 
     Returns:
         int32 (or float32) in the output layout of `dimension_numbers`.
@@ -95,10 +89,11 @@ def conv_int32(
     [1, 3, 6, 5]
     """
     output_features, *reduced = (rhs.shape[d] for d in dimension_numbers.rhs_spec)
+    lhs_bits, rhs_bits = code_bits(lhs, lhs_bits), code_bits(rhs, rhs_bits)
     check_accumulator(
         math.prod(reduced),
-        code_bound(code_bits(lhs, lhs_bits), zero_point=lhs_zero_point is not None),
-        code_bound(code_bits(rhs, rhs_bits), zero_point=False),
+        code_bound(lhs_bits, zero_point=lhs_zero_point is not None),
+        code_bound(rhs_bits, zero_point=False),
     )
     lhs, rhs = kernel_operands(lhs, rhs, backend)
     correction = None
@@ -109,15 +104,24 @@ def conv_int32(
         sums = _kernel_sum(rhs, dimension_numbers) if kernel_sum is None else kernel_sum
         correction = zero_point * _to_output_features(sums, output_features, dimension_numbers)
     channels = lhs.shape[dimension_numbers.lhs_spec[1]]
-    on_cpu = backend == "cpu" and batch_group_count == 1
-    is_plain = feature_group_count == 1 and all(d == 1 for d in rhs_dilation)
-    if on_cpu and feature_group_count == channels:
+    operation = conv_operation(
+        channels,
+        output_features,
+        feature_group_count,
+        batch_groups=batch_group_count,
+        dilated=any(d > 1 for d in rhs_dilation),
+    )
+    formulation = row_of(backend, operation, f"w{rhs_bits}a{lhs_bits}").formulation
+    if formulation in ("shifted products", "s8 conv, pixels as channels"):
         lhs = _pad(lhs, jnp.int8(0), padding, lhs_dilation, dimension_numbers)
+    if formulation == "shifted products":
         out = _depthwise(lhs, rhs, window_strides, rhs_dilation, dimension_numbers)
-    elif on_cpu and is_plain and channels < CHANNELS and output_features > _ALWAYS_FAST:
-        lhs = _pad(lhs, jnp.int8(0), padding, lhs_dilation, dimension_numbers)
+    elif formulation == "s8 conv, pixels as channels":
         out = few_channels_conv(lhs, rhs, window_strides, dimension_numbers)
     else:
+        if formulation == "s8 conv, block-diagonal":
+            rhs = _block_diagonal(rhs, feature_group_count, dimension_numbers)
+            feature_group_count = 1
         out = lax.conv_general_dilated(
             lhs,
             rhs,
@@ -130,7 +134,7 @@ def conv_int32(
             batch_group_count=batch_group_count,
             preferred_element_type=jnp.int32,
         )
-    if in_float32:
+    if formulation == "s8 conv in float32":
         out = out.astype(jnp.float32)
         correction = None if correction is None else correction.astype(jnp.float32)
     return out if correction is None else out - correction
@@ -222,6 +226,16 @@ def _pad(
     for d, (low, high), dilation in zip(spatial, padding, lhs_dilation, strict=True):
         config[d] = (low, high, dilation - 1)
     return lhs if not any(map(any, config)) else lax.pad(lhs, value, config)
+
+
+def _block_diagonal(rhs: Array, groups: int, dimension_numbers: lax.ConvDimensionNumbers) -> Array:
+    """The kernel of a grouped convolution as a dense one: zero between the groups."""
+    features_dim, inputs_dim = dimension_numbers.rhs_spec[:2]
+    features, inputs = rhs.shape[features_dim], rhs.shape[inputs_dim]
+    dense = jnp.concatenate([rhs] * groups, axis=inputs_dim)
+    of_input = lax.broadcasted_iota(jnp.int32, dense.shape, inputs_dim) // inputs
+    of_feature = lax.broadcasted_iota(jnp.int32, dense.shape, features_dim) // (features // groups)
+    return jnp.where(of_input == of_feature, dense, jnp.zeros((), dense.dtype))
 
 
 def _depthwise(

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int, Int32
 
+from jaxrmils.lowering.table import Formulation, Operation, dot_operation, row_of
+
 Backend = Literal["cpu", "cuda", "tpu"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 Side = Literal["lhs", "rhs"]
@@ -142,13 +144,18 @@ def dot_int32(
     """
     (lhs_contracting, _), _ = dimension_numbers
     k = math.prod(lhs.shape[d] for d in lhs_contracting)
+    lhs_bits, rhs_bits = code_bits(lhs, lhs_bits), code_bits(rhs, rhs_bits)
     check_accumulator(
         k,
-        code_bound(code_bits(lhs, lhs_bits), zero_point=lhs_zero_point is not None),
-        code_bound(code_bits(rhs, rhs_bits), zero_point=rhs_zero_point is not None),
+        code_bound(lhs_bits, zero_point=lhs_zero_point is not None),
+        code_bound(rhs_bits, zero_point=rhs_zero_point is not None),
     )
+    operation = _operation(lhs, rhs, dimension_numbers)
+    formulation = row_of(backend, operation, f"w{rhs_bits}a{lhs_bits}").formulation
+    if formulation == "s4 dot":
+        lhs, rhs = lhs.astype(jnp.int4), rhs.astype(jnp.int4)
     lhs, rhs = kernel_operands(lhs, rhs, backend)
-    out = _plain_dot(lhs, rhs, dimension_numbers, backend)
+    out = _formulated(lhs, rhs, dimension_numbers, formulation)
     layout = (dimension_numbers, lhs.ndim, rhs.ndim)
     if lhs_zero_point is not None:
         zero_point = scalar_zero_point(lhs_zero_point, "lhs")
@@ -165,6 +172,13 @@ def dot_int32(
     return out
 
 
+def _operation(lhs: Array, rhs: Array, dimension_numbers: DotDimensionNumbers) -> Operation:
+    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
+    rows = math.prod(lhs.shape[d] for d in _free(lhs.ndim, lhs_contracting, lhs_batch))
+    columns = math.prod(rhs.shape[d] for d in _free(rhs.ndim, rhs_contracting, rhs_batch))
+    return dot_operation(rows, columns, len(lhs_batch))
+
+
 def scalar_zero_point(zero_point: Int32[Array, ""], name: str) -> Int32[Array, ""]:
     """The zero point as an int32 scalar; ValueError if it is not a scalar, TypeError if float."""
     zero_point = jnp.asarray(zero_point)
@@ -178,23 +192,34 @@ def scalar_zero_point(zero_point: Int32[Array, ""], name: str) -> Int32[Array, "
     return zero_point.astype(jnp.int32)
 
 
-def _plain_dot(
-    lhs: Array, rhs: Array, dimension_numbers: DotDimensionNumbers, backend: Backend
+def _formulated(
+    lhs: Array, rhs: Array, dimension_numbers: DotDimensionNumbers, formulation: Formulation
 ) -> Array:
-    """`lax.dot_general` to int32; a single row is padded to two on CPU.
+    """`lax.dot_general` to int32; a single row or column gets a second one, of zeros.
 
-    XLA's int8 kernels take no dot with one row: 1x4096x4096 is 20 times faster as two rows, the
-    second of zeros, than as one. Rows that come one at a time under `vmap` are padded each.
+    Rows that come one at a time under `vmap` are padded each.
     """
-    (lhs_contracting, rhs_contracting), (lhs_batch, _) = dimension_numbers
-    free = _free(lhs.ndim, lhs_contracting, lhs_batch)
-    if backend != "cpu" or lhs_batch or math.prod(lhs.shape[d] for d in free) != 1:
-        return lax.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=jnp.int32)
-    # A new leading axis works alike whether or not the row has free dims of size 1.
-    rows = lax.pad(lhs[None], jnp.int8(0), [(0, 1, 0)] + [(0, 0, 0)] * lhs.ndim)
-    contracting = (tuple(d + 1 for d in lhs_contracting), rhs_contracting)
-    out = lax.dot_general(rows, rhs, (contracting, ((), ())), preferred_element_type=jnp.int32)
-    return out[0]
+    (lhs_contracting, rhs_contracting), _ = dimension_numbers
+
+    def dot(lhs: Array, rhs: Array, shifts: tuple[int, int]) -> Array:
+        contracting = (
+            tuple(d + shifts[0] for d in lhs_contracting),
+            tuple(d + shifts[1] for d in rhs_contracting),
+        )
+        numbers = (contracting, dimension_numbers[1])
+        return lax.dot_general(lhs, rhs, numbers, preferred_element_type=jnp.int32)
+
+    # A new leading axis works alike whether or not there are free dims of size 1.
+    if formulation == "s8 dot, two rows":
+        return dot(_twofold(lhs), rhs, (1, 0))[0]
+    if formulation == "s8 dot, two columns":
+        free = lhs.ndim - len(lhs_contracting)
+        return jnp.take(dot(lhs, _twofold(rhs), (0, 1)), 0, axis=free)
+    return dot(lhs, rhs, (0, 0))
+
+
+def _twofold(codes: Array) -> Array:
+    return lax.pad(codes[None], jnp.zeros((), codes.dtype), [(0, 1, 0), *[(0, 0, 0)] * codes.ndim])
 
 
 def operand_sum(

@@ -52,8 +52,6 @@ def integer_kernel(backend: Backend) -> Kernel:
     ) -> Any:
         params, (lhs, rhs) = call.eqn.params, codes
         if call.site.kind == "dot":
-            if backend == "tpu" and grids[0].bits == grids[1].bits == 4:
-                lhs, rhs = lhs.astype(jnp.int4), rhs.astype(jnp.int4)
             weight_first = call.site.weight is not None and call.site.weight.operand == 0
             return dot_int32(
                 lhs,
@@ -82,7 +80,6 @@ def integer_kernel(backend: Backend) -> Kernel:
             lhs_bits=grids[0].bits,
             rhs_bits=grids[1].bits,
             backend=backend,
-            in_float32=backend == "cuda",
         )
 
     return kernel

@@ -107,8 +107,8 @@ def run(lhs, rhs, layouts, geometry, kind, **options):
     )
 
 
-def assert_exact(actual, expected):
-    assert actual.dtype == jnp.int32
+def assert_exact(actual, expected, backend="cpu"):
+    assert actual.dtype == (jnp.float32 if backend == "cuda" else jnp.int32)
     np.testing.assert_array_equal(np.asarray(actual, np.int64), expected)
 
 
@@ -155,7 +155,8 @@ def test_any_convolution(convolution, zero_point, precomputed, seed, backend):
         if precomputed:
             options["kernel_sum"] = kernel_sum(rhs, dimension_numbers(lhs, rhs, layouts))
     out = run(lhs, rhs, layouts, geometry, kind, **options)
-    assert_exact(out, reference(lhs, rhs, layouts, zero_point or 0, geometry, *kind[3:]))
+    expected = reference(lhs, rhs, layouts, zero_point or 0, geometry, *kind[3:])
+    assert_exact(out, expected, backend)
 
 
 GEOMETRY = ((2, 1), ((0, 1), (1, 0)), (1, 2), (1, 1))
@@ -194,7 +195,7 @@ def test_int4_weights(backend):
     lhs, rhs = make_operands(4, 2, DENSE, layouts, bits=4)
     options = {"lhs_zero_point": jnp.int32(-8), "backend": backend}
     out = run(lhs, rhs.astype(jnp.int4), layouts, GEOMETRY, DENSE, **options)
-    assert_exact(out, reference(lhs, rhs, layouts, -8, GEOMETRY, 1, 1))
+    assert_exact(out, reference(lhs, rhs, layouts, -8, GEOMETRY, 1, 1), backend)
 
 
 def test_scale_follows_the_output_features():
@@ -261,14 +262,14 @@ def test_lowered_operands_stay_narrow(backend, kind, dtype):
     assert found == ([] if depthwise_on_cpu else [(element, element)])
 
 
-def test_in_float32_the_convolution_is_converted_at_once():
+def test_on_cuda_the_convolution_is_converted_at_once():
     """The form that CUDA compiles; exact here, where sums stay below 2^24."""
     rng = np.random.default_rng(0)
     lhs = jnp.asarray(rng.integers(-128, 128, (2, 9, 9, 16)), jnp.int8)
     rhs = jnp.asarray(rng.integers(-127, 128, (3, 3, 16, 8)), jnp.int8)
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC"))
 
-    def conv(lhs, rhs, zero_point, in_float32):
+    def conv(lhs, rhs, zero_point, backend):
         return conv_int32(
             lhs,
             rhs,
@@ -278,16 +279,15 @@ def test_in_float32_the_convolution_is_converted_at_once():
             rhs_dilation=(1, 1),
             dimension_numbers=numbers,
             lhs_zero_point=zero_point,
-            backend="cuda",
-            in_float32=in_float32,
+            backend=backend,
         )
 
     zero_point = jnp.int32(-37)
-    found = conv(lhs, rhs, zero_point, True)
+    found = conv(lhs, rhs, zero_point, "cuda")
     assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found, conv(lhs, rhs, zero_point, False).astype(jnp.float32))
+    np.testing.assert_array_equal(found, conv(lhs, rhs, zero_point, "cpu").astype(jnp.float32))
     jitted = jax.jit(conv, static_argnums=3)
-    lowered = jitted.trace(lhs, rhs, zero_point, True).lower(lowering_platforms=("cuda",))
+    lowered = jitted.trace(lhs, rhs, zero_point, "cuda").lower(lowering_platforms=("cuda",))
     lines = [line.strip() for line in lowered.as_text().splitlines()]
     number, line = next((i, s) for i, s in enumerate(lines) if "stablehlo.convolution" in s)
     name = line.split(" = ")[0]

@@ -26,6 +26,8 @@ FAMILIES = [
     ((), (5,), (1,), (4,)),
     ((), (2, 3), (), (4,)),
     ((), (4,), (1, 1), (2,)),
+    ((), (5,), (3,), (1,)),
+    ((), (2, 2), (3, 2), ()),
     ((), (), (2,), (3,)),
     ((2,), (3,), (4,), ()),
     ((2, 3), (4,), (1,), (2,)),
@@ -221,8 +223,8 @@ def test_lowered_operands_stay_narrow(backend, rows, lhs_dtype, rhs_dtype):
     text = jax.jit(dot).trace(*arguments).lower(lowering_platforms=(backend,)).as_text()
     (types,) = re.findall(r"stablehlo\.dot_general.*: \((.*)\) ->", text)
     element = "i4" if backend == "tpu" and lhs_dtype == "int4" else "i8"
-    # On CPU the single row is the first of two, along a new axis.
-    shape = "2x1x64" if backend == "cpu" and rows == 1 else f"{rows}x64"
+    # But on TPU the single row is the first of two, along a new axis.
+    shape = "2x1x64" if backend != "tpu" and rows == 1 else f"{rows}x64"
     assert types == f"tensor<{shape}x{element}>, tensor<64x32x{element}>"
 
 

@@ -1,0 +1,272 @@
+"""Which formulation of an operation runs where, and why: the one place that decides.
+
+An integer operation has many ways to be written that give the same int32. XLA runs some on the
+integer units of a device and others in scalar code, dozens of times slower; which, changes with the
+backend and its version. `TABLE` has a row for every backend and kind of operation, with what the
+choice rests on. `dot_int32` and `conv_int32` ask it and nothing else.
+
+Speed is against the same operation in float32 on that backend. CPU: measured with jax 0.12.0.1 on
+two cores with AVX512-VNNI (`benchmarks/operations.py`); jaxlib before 0.12 has no int8 kernels on
+CPU. CUDA and TPU: what their compilers made of it, without a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Operation = Literal[
+    "dot",
+    "one row",
+    "one column",
+    "batched dot",
+    "conv",
+    "stem",
+    "depthwise",
+    "grouped",
+    "weights only",
+]
+Formulation = Literal[
+    "s8 dot",
+    "s8 dot, two rows",
+    "s8 dot, two columns",
+    "s4 dot",
+    "s8 conv",
+    "s8 conv, pixels as channels",
+    "s8 conv, block-diagonal",
+    "s8 conv in float32",
+    "shifted products",
+    "float dot",
+]
+
+STEM_CHANNELS = 4
+"""Convolutions of fewer input channels are stems: the kernels multiply channels by fours."""
+KERNEL_FEATURES = 16
+"""XLA:CPU has no int8 kernel for a convolution with no more channels and features than this."""
+BLOCK_GROUPS = 64
+"""Up to so many groups, a dense kernel that is zero between them is faster than a grouped one."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One decision.
+
+    Attributes:
+      backend: "cpu", "cuda" or "tpu".
+      operation: what is to be computed.
+      formats: the formats that it holds for.
+      formulation: how it is written.
+      speed: against float32, in words.
+      reason: why so.
+    """
+
+    backend: str
+    operation: Operation
+    formats: tuple[str, ...]
+    formulation: Formulation
+    speed: str
+    reason: str
+
+
+INTEGER = ("w8a8", "w8a4", "w4a8", "w4a4")
+DOTS = (*INTEGER, "a8", "a4")
+WEIGHTS = ("w8", "w4")
+_DOTS: tuple[Operation, ...] = ("dot", "one row", "one column", "batched dot")
+_CONVS: tuple[Operation, ...] = ("conv", "stem", "depthwise", "grouped")
+
+TABLE: tuple[Row, ...] = (
+    Row(
+        "cpu",
+        "dot",
+        DOTS,
+        "s8 dot",
+        "3 to 7 times",
+        "int8 kernels with int32 sums; int4 is unpacked inside the program (2.8 to 5.6 times). The "
+        "order [K, N] or [N, K] of the weight changes it by 15 % at most",
+    ),
+    Row(
+        "cpu",
+        "one row",
+        DOTS,
+        "s8 dot, two rows",
+        "1.3 to 2 times",
+        "there is no int8 kernel for one row: with a second one of zeros 1 x 4096 x 4096 takes "
+        "2.1 ms instead of 15. int4 weights are slower than float32: unpacking is all there is",
+    ),
+    Row(
+        "cpu",
+        "one column",
+        DOTS,
+        "s8 dot, two columns",
+        "1.4 times",
+        "the same for one column (1024 x 768 x 1: 0.14 ms instead of 0.38)",
+    ),
+    Row(
+        "cpu",
+        "batched dot",
+        DOTS,
+        "s8 dot",
+        "1.7 to 2.3 times",
+        "batched int8 kernels; zero points need sums of both operands at run time",
+    ),
+    Row(
+        "cpu",
+        "conv",
+        INTEGER,
+        "s8 conv",
+        "1.0 to 5 times",
+        "int8 kernels where channels or features exceed 16; large outputs of few channels are "
+        "bound by memory",
+    ),
+    Row(
+        "cpu",
+        "stem",
+        INTEGER,
+        "s8 conv, pixels as channels",
+        "1.3 to 1.5 times",
+        "strides become channels (7 x 7 by 2 on 3 channels: 8.3 ms instead of 20.6), otherwise "
+        "channels are filled up to 4",
+    ),
+    Row(
+        "cpu",
+        "depthwise",
+        INTEGER,
+        "shifted products",
+        "10 times and more",
+        "XLA's own are scalar loops, in float32 too: against shifted products in float32 it is "
+        "about as fast",
+    ),
+    Row(
+        "cpu",
+        "grouped",
+        INTEGER,
+        "s8 conv, block-diagonal",
+        "3.6 times",
+        "a dense kernel with zeros between the groups reaches the int8 kernels (32 groups of 8: "
+        "3.2 ms, grouped s8 8.6, grouped float32 11.4)",
+    ),
+    Row(
+        "cpu",
+        "weights only",
+        WEIGHTS,
+        "float dot",
+        "none",
+        "weights are smaller and dequantized in every call: int8 as fast as float32, int4 up to 3 "
+        "times slower at few rows",
+    ),
+    Row("cuda", "dot", DOTS, "s8 dot", "tensor cores", "int4 x int4 would be scalar code"),
+    Row(
+        "cuda",
+        "one row",
+        DOTS,
+        "s8 dot, two rows",
+        "tensor cores",
+        "one row with unpacked int4 weights does not compile (Triton)",
+    ),
+    Row("cuda", "one column", DOTS, "s8 dot", "tensor cores", "as any dot"),
+    Row("cuda", "batched dot", DOTS, "s8 dot", "tensor cores", "as any dot, batched"),
+    *(
+        Row(
+            "cuda",
+            operation,
+            INTEGER,
+            "s8 conv in float32",
+            speed,
+            "XLA compiles an int8 convolution for cuDNN only if it is converted to float32 at "
+            "once; exact below 2^24",
+        )
+        for operation in _CONVS
+        for speed in ("tensor cores" if operation in ("conv", "stem") else "not measured",)
+    ),
+    Row("cuda", "weights only", WEIGHTS, "float dot", "not measured", "smaller to read"),
+    *(
+        Row(
+            "tpu",
+            operation,
+            ("w8a8", "w8a4", "w4a8", "a8"),
+            "s8 dot",
+            "native",
+            "the MXU multiplies int8, and int4 after XLA's own conversion",
+        )
+        for operation in _DOTS
+    ),
+    *(
+        Row(
+            "tpu",
+            operation,
+            ("w4a4", "a4"),
+            "s4 dot",
+            "native",
+            "the MXU multiplies int4 as it is",
+        )
+        for operation in _DOTS
+    ),
+    *(
+        Row(
+            "tpu",
+            operation,
+            INTEGER,
+            "s8 conv",
+            "native",
+            "JAX's convolutions refuse mixed widths: int4 is converted, and XLA folds it back",
+        )
+        for operation in _CONVS
+    ),
+    Row("tpu", "weights only", WEIGHTS, "float dot", "native", "float x int8 on the MXU"),
+)
+
+
+def row_of(backend: str, operation: str, format_: str) -> Row:
+    """The row that decides.
+
+    Raises:
+      KeyError: no such combination.
+
+    >>> row_of("cpu", "one row", "w8a8").formulation
+    's8 dot, two rows'
+    """
+    for row in TABLE:
+        if (row.backend, row.operation) == (backend, operation) and format_ in row.formats:
+            return row
+    raise KeyError(f"no formulation of {operation!r} in {format_!r} on {backend!r}")
+
+
+def dot_operation(rows: Any, columns: Any, batch_dims: int) -> Operation:
+    """The kind of a dot.
+
+    Args:
+      rows: product of the left operand's free dims; may be symbolic.
+      columns: of the right operand's.
+      batch_dims: how many dims are batched.
+
+    >>> dot_operation(1, 10, 0), dot_operation(128, 128, 1)
+    ('one row', 'batched dot')
+    """
+    if batch_dims:
+        return "batched dot"
+    return "one row" if rows == 1 else "one column" if columns == 1 else "dot"
+
+
+def conv_operation(
+    channels: int, features: int, groups: int, *, batch_groups: int = 1, dilated: bool = False
+) -> Operation:
+    """The kind of a convolution.
+
+    Args:
+      channels: of the input.
+      features: of the output.
+      groups: feature groups.
+      batch_groups: batch groups.
+      dilated: whether the kernel has holes.
+
+    >>> conv_operation(3, 64, 1), conv_operation(8, 8, 8), conv_operation(64, 64, 32)
+    ('stem', 'depthwise', 'grouped')
+    """
+    if batch_groups > 1:
+        return "conv"
+    if groups == channels:
+        return "depthwise"
+    if groups > 1:
+        return "grouped" if groups <= BLOCK_GROUPS else "conv"
+    is_stem = channels < STEM_CHANNELS and features > KERNEL_FEATURES and not dilated
+    return "stem" if is_stem else "conv"
