@@ -80,26 +80,27 @@ TABLE: tuple[Row, ...] = (
         "dot",
         DOTS,
         "s8 dot",
-        "3 to 7 times",
-        "int8 kernels with int32 sums; int4 is unpacked inside the program (2.8 to 5.6 times). The "
-        "order [K, N] or [N, K] of the weight changes it by 15 % at most",
+        "3 to 8 times",
+        "int8 kernels with int32 sums; int4 is unpacked inside the program (1.1 times at 32 "
+        "rows, 5.5 at 1,024). The order [K, N] or [N, K] of the weight changes it by 15 % at most",
     ),
     Row(
         "cpu",
         "one row",
         DOTS,
         "s8 dot, two rows",
-        "1.3 to 2 times",
+        "1 to 2 times",
         "there is no int8 kernel for one row: with a second one of zeros 1 x 4096 x 4096 takes "
-        "2.1 ms instead of 15. int4 weights are slower than float32: unpacking is all there is",
+        "a fifth of the time. int4 weights are 2 to 3 times slower than float32: most of it is "
+        "unpacking",
     ),
     Row(
         "cpu",
         "one column",
         DOTS,
         "s8 dot, two columns",
-        "1.4 times",
-        "the same for one column (1024 x 768 x 1: 0.14 ms instead of 0.38)",
+        "1.2 times",
+        "the same for one column: 1024 x 768 x 1 takes two fifths of the time",
     ),
     Row(
         "cpu",
@@ -114,7 +115,7 @@ TABLE: tuple[Row, ...] = (
         "conv",
         INTEGER,
         "s8 conv",
-        "1.0 to 5 times",
+        "1 to 6 times",
         "int8 kernels where channels or features exceed 16; large outputs of few channels are "
         "bound by memory",
     ),
@@ -123,16 +124,16 @@ TABLE: tuple[Row, ...] = (
         "stem",
         INTEGER,
         "s8 conv, pixels as channels",
-        "1.3 to 1.5 times",
-        "strides become channels (7 x 7 by 2 on 3 channels: 8.3 ms instead of 20.6), otherwise "
-        "channels are filled up to 4",
+        "1.1 to 1.7 times",
+        "strides become channels (7 x 7 by 2 on 3 channels takes a quarter of the time), "
+        "otherwise channels are filled up to 4",
     ),
     Row(
         "cpu",
         "depthwise",
         INTEGER,
         "shifted products",
-        "10 times and more",
+        "14 times",
         "XLA's own are scalar loops, in float32 too: against shifted products in float32 it is "
         "about as fast",
     ),
@@ -141,9 +142,9 @@ TABLE: tuple[Row, ...] = (
         "grouped",
         INTEGER,
         "s8 conv, block-diagonal",
-        "3.6 times",
+        "3.7 times",
         "a dense kernel with zeros between the groups reaches the int8 kernels (32 groups of 8: "
-        "3.2 ms, grouped s8 8.6, grouped float32 11.4)",
+        "2.7 times faster than grouped int8)",
     ),
     Row(
         "cpu",
