@@ -5,10 +5,12 @@ The stages, in the order in which data flows: `trace`, `calibrate`, `score`, a p
 `attribute`. For your own jitted step: `contributions` and `assign`.
 """
 
+from jaxrmils.artifacts import load_latency as load_latency
 from jaxrmils.artifacts import load_model as load_model
 from jaxrmils.artifacts import load_plan as load_plan
 from jaxrmils.artifacts import load_ranges as load_ranges
 from jaxrmils.artifacts import load_scores as load_scores
+from jaxrmils.artifacts import save_latency as save_latency
 from jaxrmils.artifacts import save_model as save_model
 from jaxrmils.artifacts import save_plan as save_plan
 from jaxrmils.artifacts import save_ranges as save_ranges
@@ -32,6 +34,8 @@ from jaxrmils.lowering import quantize as quantize
 from jaxrmils.lowering.modules import QuantizedVariable as QuantizedVariable
 from jaxrmils.lowering.modules import as_linen as as_linen
 from jaxrmils.lowering.modules import as_nnx as as_nnx
+from jaxrmils.lowering.profile import Profile as Profile
+from jaxrmils.lowering.profile import profile as profile
 from jaxrmils.numerics import Ranges as Ranges
 from jaxrmils.numerics import calibrate as calibrate
 from jaxrmils.policies import Costs as Costs

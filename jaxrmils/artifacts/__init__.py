@@ -3,6 +3,8 @@
 from jaxrmils.artifacts.description import describe as describe
 from jaxrmils.artifacts.errors import ArtifactError as ArtifactError
 from jaxrmils.artifacts.folder import versions as versions
+from jaxrmils.artifacts.latency_file import load_latency as load_latency
+from jaxrmils.artifacts.latency_file import save_latency as save_latency
 from jaxrmils.artifacts.model_file import load_model as load_model
 from jaxrmils.artifacts.model_file import save_model as save_model
 from jaxrmils.artifacts.plan_file import load_plan as load_plan

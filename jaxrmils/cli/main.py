@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 import jaxrmils
-from jaxrmils.cli import aot_command, commands, export_command, reporting
+from jaxrmils.cli import aot_command, commands, export_command, profile_command, reporting
 from jaxrmils.cli.config import ConfigError
 from jaxrmils.lowering import LoweringError
 
@@ -40,6 +40,7 @@ Mixed-precision post-training quantization for JAX and Flax models.
   jaxrmils evaluate RUN                         a saved model on held-out data
   jaxrmils report   RUN                         a saved run again: tables, web page, spreadsheets
   jaxrmils compare  RUN RUN                     saved runs side by side
+  jaxrmils profile  RUN                         where the time goes on this machine
   jaxrmils export   RUN --out FOLDER            programs that run with jax alone, anywhere
   jaxrmils aot      RUN --target tpu:v5e        what a plan becomes on a device that is not here
 """
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("report", "show a saved run again, as tables, web page and spreadsheets", _report),
         ("compare", "lay saved runs side by side", _compare),
         ("export", "write a saved model as programs for jax alone", export_command.arguments),
+        ("profile", "time every layer in every format on this machine", profile_command.arguments),
         ("aot", "compile a plan for a device that is not here", aot_command.arguments),
     ):
         sub = subparsers.add_parser(

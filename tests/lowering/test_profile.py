@@ -1,0 +1,90 @@
+"""Times of layers add up to those of programs, and predict another plan's."""
+
+import pytest
+from stages import calibrated, traced
+
+import jaxrmils as jr
+from jaxrmils.lowering import LoweringError
+from jaxrmils.lowering.hlo_text import parse
+from jaxrmils.lowering.profile import THIS_PLAN, _owners, profile
+from jaxrmils.policies import PlanError
+
+
+@pytest.mark.parametrize("name", ["cnn", "transformer", "scanned_stack", "separable_cnn"])
+def test_times_add_up(name):
+    graph, params, inputs = traced(name)
+    plan = jr.uniform(jr.tabulate(graph), "w8a8")
+    options = {"formats": ("w8a8",), "plan": plan, "rounds": 3}
+    found = profile(graph, params, calibrated(name), inputs, **options)
+    assert set(found.programs) == {"float", "w8a8", THIS_PLAN}
+    assert found.batch_size == 4 and found.peak > 0 and found.environment["backend"] == "cpu"
+    for times in found.programs.values():
+        assert set(times.layers) == set(graph.layers)
+        total = times.rest + sum(times.layers.values())
+        assert total == pytest.approx(times.seconds) and times.seconds > 0
+        assert sum(seconds > 0 for seconds in times.layers.values()) > len(graph.layers) / 2
+    table = found.latency_table()
+    assert table.backend == "cpu" and "batches of 4" in table.source
+    uniform = found.programs["w8a8"]
+    expected = sum(uniform.layers.values()) + table.overhead
+    assert found.predicted(plan) == pytest.approx(expected)
+    with pytest.raises(PlanError, match="no 'w4a8'"):
+        found.predicted(jr.uniform(jr.tabulate(graph), "w4a8"))
+
+
+def test_refusals():
+    graph, params, inputs = traced("plain")
+    arguments = (graph, params, calibrated("plain"), inputs)
+    with pytest.raises(LoweringError, match="rounds is 0"):
+        profile(*arguments, rounds=0)
+    with pytest.raises(PlanError, match="unknown format 'w3'"):
+        profile(*arguments, formats=("w3",))
+    plan = jr.uniform(jr.tabulate(traced("cnn")[0]))
+    with pytest.raises(PlanError):
+        profile(*arguments, plan=plan)
+
+
+HLO = """
+%fused (p: f32[2,3]) -> f32[2,4] {
+  %p = f32[2,3]{1,0} parameter(0)
+  %a = f32[2,3]{1,0} dot(%p, %p), metadata={op_name="f/jaxrmils[first]/dot"}
+  ROOT %b = f32[2,4]{1,0} dot(%a, %a), metadata={op_name="f/jaxrmils[second]/dot"}
+}
+
+ENTRY %main (x: f32[2,3]) -> f32[2,4] {
+  %x = f32[2,3]{1,0} parameter(0)
+  %before = f32[2,3]{1,0} negate(%x)
+  %both = f32[2,4]{1,0} fusion(%before), kind=kCustom, calls=%fused
+  %after = f32[2,4]{1,0} tanh(%both), metadata={op_name="f/tanh"}
+  ROOT %third = f32[2,4]{1,0} dot(%after, %after), metadata={op_name="f/jaxrmils[third]/dot"}
+}
+"""
+
+
+def test_whom_an_instruction_counts_for():
+    text = parse(HLO)
+    owners = {
+        name: _owners(text, each)
+        for (where, name), each in text.instructions.items()
+        if where == "main"
+    }
+    assert owners["both"] == ["first", "second"] and owners["third"] == ["third"]
+    assert owners["after"] == ["first"]  # What it reads is of both: the first counts.
+    assert owners["before"] == ["first"]
+
+
+def test_a_saved_table_is_the_same(tmp_path):
+    table = jr.LatencyTable({"a": {"float": 2e-3, "w8a8": 1e-3}}, "cpu", "timed", overhead=1e-4)
+    path = tmp_path / "latency.json"
+    jr.save_latency(table, path)
+    assert jr.load_latency(path) == table
+    path.write_text(path.read_text().replace("0.002", "-1"))
+    with pytest.raises(ValueError, match=r"latency\.json: .*-1\.0 seconds for a float"):
+        jr.load_latency(path)
+    path.write_text(path.read_text().replace('"seconds"', '"minutes"'))
+    with pytest.raises(ValueError, match=r"latency\.json"):
+        jr.load_latency(path)
+    choice = jr.LatencyTable({"a": {jr.LayerPlan(): 1.0}}, "cpu", "timed")
+    with pytest.raises(ValueError, match="only formats' names"):
+        jr.save_latency(choice, tmp_path / "other.json")
+    assert not (tmp_path / "other.json").exists()
