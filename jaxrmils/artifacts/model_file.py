@@ -89,6 +89,7 @@ def load_model(
     params: Any = None,
     inputs: Any = None,
     backend: Backend | None = None,
+    unpacked: bool = False,
 ) -> QuantizedModel:
     """Reads a quantized model; its outputs are bit-identical to those of the saved one.
 
@@ -104,6 +105,7 @@ def load_model(
       inputs: likewise for the inputs; any batch size. May also give other shapes than the model was
         traced at, where it accepts them.
       backend: where it will run, if not where it was made for: "cpu", "cuda" or "tpu".
+      unpacked: hold int4 weights as int8 arrays, as in `quantize`; nothing is unpacked in a call.
 
     Returns:
       The model.
@@ -122,7 +124,7 @@ def load_model(
     table = tabulate(graph)
     with decoding(folder.path / MANIFEST):
         chosen: Backend = backend or folder.manifest["backend"]
-        quantized = _decode_params(folder, chosen)
+        quantized = _decode_params(folder, chosen, unpacked)
     try:
         check_plan(plan, table)
     except PlanError as error:
@@ -197,7 +199,7 @@ def _encode_params(params: QuantizedParams) -> tuple[dict[str, Any], dict[str, A
     return {"leaves": list(params.leaves), "weights": weights, "grids": grids}, arrays
 
 
-def _decode_params(folder: Folder, backend: Backend) -> QuantizedParams:
+def _decode_params(folder: Folder, backend: Backend, unpacked: bool) -> QuantizedParams:
     def array(name: str) -> Any:
         return to_jax(folder.arrays[name], name, folder.path)
 
@@ -211,9 +213,12 @@ def _decode_params(folder: Folder, backend: Backend) -> QuantizedParams:
             entry["bits"],
             entry["packed_dim"],
         )
-        native = backend == "tpu" and tensor.bits == 4
+        if backend == "tpu" and tensor.bits == 4:
+            tensor = tensor.native_int4()
+        elif unpacked:
+            tensor = tensor.unpacked()
         sums = {site: array(f"sums/{site}") for site in entry["sums"]}
-        return QuantizedWeight(tensor.native_int4() if native else tensor, sums)
+        return QuantizedWeight(tensor, sums)
 
     def grid(prefix: str, entry: Any) -> QuantParams:
         scale, zero_point = array(f"{prefix}/scale"), array(f"{prefix}/zero_point")

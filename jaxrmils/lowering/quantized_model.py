@@ -149,7 +149,13 @@ def default_backend() -> Backend:
 
 
 def quantize(
-    graph: Graph, params: Any, plan: Plan, ranges: Ranges, *, backend: Backend | None = None
+    graph: Graph,
+    params: Any,
+    plan: Plan,
+    ranges: Ranges,
+    *,
+    backend: Backend | None = None,
+    unpacked: bool = False,
 ) -> QuantizedModel:
     """Builds the integer model that a plan describes.
 
@@ -160,6 +166,8 @@ def quantize(
       ranges: from `calibrate`, the ones that the plan's scores were made with.
       backend: where it will run; the default is where jax runs now. int4 weights are stored two per
         byte on "cpu" and "cuda" and unpacked to int8 inside jit; on "tpu" they are native int4.
+      unpacked: hold int4 weights as int8 arrays on "cpu" and "cuda": twice the memory, and nothing
+        to unpack in a call. Saved models are the same.
 
     Returns:
       The model; `model(inputs)` runs it.
@@ -199,7 +207,9 @@ def quantize(
                     grids[site.name] = _grids(site, ranges, layer.activation_bits)
     # One program for all weights: a program for every operation and shape takes longer to compile.
     weights = jax.jit(
-        lambda leaves: {n: _quantized_weight(graph, n, leaves, plan, backend) for n in quantized}
+        lambda leaves: {
+            n: _quantized_weight(graph, n, leaves, plan, backend, unpacked) for n in quantized
+        }
     )(leaves)
     return QuantizedModel(
         graph=graph,
@@ -224,7 +234,7 @@ def _grids(site: Site, ranges: Ranges, bits: int) -> tuple[QuantParams, ...]:
 
 
 def _quantized_weight(
-    graph: Graph, name: str, leaves: list[Any], plan: Plan, backend: Backend
+    graph: Graph, name: str, leaves: list[Any], plan: Plan, backend: Backend, unpacked: bool
 ) -> QuantizedWeight:
     layer, weight = plan.layers[name], graph.weights[name]
     value = evaluate(graph.traced.expressions[name], leaves)
@@ -233,6 +243,7 @@ def _quantized_weight(
         bits=layer.weight_bits,
         channel_axes=weight.channel_axes,
         rounding=layer.weight_rounding,
+        pack=False if unpacked else None,
     )
     depth = len(loops_of(graph.traced.expressions[name]))
     sums = {}

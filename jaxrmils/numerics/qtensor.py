@@ -137,6 +137,12 @@ class QTensor:
             raise ValueError(f"the tensor has {self.bits} bits; native_int4 needs 4")
         return dataclasses.replace(self, values=self.codes().astype(jnp.int4), packed_dim=None)
 
+    def unpacked(self) -> "QTensor":
+        """The same tensor with a byte for each code; itself if it has that already."""
+        if not self.packed:
+            return self
+        return dataclasses.replace(self, values=self.codes(), packed_dim=None)
+
     def transpose(self, perm: Sequence[int]) -> "QTensor":
         """Permutes the axes of the codes, and of scale and zero point with them.
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from models import MODELS, model, resized
 from plans import FORMATS, integer_site_names, quantized
-from stages import float64, table_of, traced
+from stages import calibrated, float64, table_of, traced
 
-from jaxrmils import calibrate, quantize, uniform
+from jaxrmils import calibrate, load_model, quantize, save_model, uniform
 from jaxrmils.graph import interpret
 from jaxrmils.lowering.sites import exact_kernel, integer_kernel, run_quantized
 from jaxrmils.numerics import dequantize, fake_quant
@@ -312,6 +312,29 @@ def test_bfloat16_stays_bfloat16(kind):
 
 
 # Parameters and sizes
+
+
+@pytest.mark.parametrize(
+    "name", ["separable_cnn", "transformer", "scanned_stack", "tied_embedding"]
+)
+def test_int4_weights_unpacked_once(name, tmp_path):
+    apply, params, inputs = model(name)
+    packed = quantized(name, "w4a8")
+    plan, ranges = packed.plan, calibrated(name)
+    wide = quantize(traced(name)[0], params, plan, ranges, backend="cpu", unpacked=True)
+    np.testing.assert_array_equal(jax.jit(wide)(inputs), jax.jit(packed)(inputs))
+    assert wide.size_bits == packed.size_bits
+    text = str(jax.make_jaxpr(wide.apply)(wide.params, inputs))
+    assert "shift" not in text and "shift" in str(jax.make_jaxpr(packed)(inputs))
+    save_model(wide, tmp_path / "wide")
+    save_model(packed, tmp_path / "packed")
+    files = [(tmp_path / n / "arrays.safetensors").read_bytes() for n in ("wide", "packed")]
+    assert files[0] == files[1]
+    loaded = load_model(tmp_path / "packed", apply, params=params, unpacked=True)
+    np.testing.assert_array_equal(jax.jit(loaded)(inputs), jax.jit(packed)(inputs))
+    for found in (wide, loaded):
+        bytes_of = {w.tensor.values.dtype.name for w in found.params.weights.values()}
+        assert bytes_of == {"int8"}
 
 
 @pytest.mark.parametrize("kind", FORMATS)
