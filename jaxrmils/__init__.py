@@ -38,6 +38,7 @@ from jaxrmils.lowering.profile import Profile as Profile
 from jaxrmils.lowering.profile import profile as profile
 from jaxrmils.numerics import Ranges as Ranges
 from jaxrmils.numerics import calibrate as calibrate
+from jaxrmils.policies import MEASURED_COSTS as MEASURED_COSTS
 from jaxrmils.policies import Costs as Costs
 from jaxrmils.policies import InfeasibleBudgetError as InfeasibleBudgetError
 from jaxrmils.policies import LatencyTable as LatencyTable

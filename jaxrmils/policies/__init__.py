@@ -25,6 +25,12 @@ from jaxrmils.policies.lossless import Lossless as Lossless
 from jaxrmils.policies.lossless import LosslessStep as LosslessStep
 from jaxrmils.policies.lossless import lossless as lossless
 from jaxrmils.policies.lossless import steps_of as steps_of
+from jaxrmils.policies.measured_costs import MEASURED_COSTS as MEASURED_COSTS
+from jaxrmils.policies.measured_costs import fisher_costs as fisher_costs
+from jaxrmils.policies.measured_costs import hessian_trace_costs as hessian_trace_costs
+from jaxrmils.policies.measured_costs import measured_costs as measured_costs
+from jaxrmils.policies.measured_costs import sqnr_costs as sqnr_costs
+from jaxrmils.policies.measured_costs import squared_output_costs as squared_output_costs
 from jaxrmils.policies.objectives import OBJECTIVES as OBJECTIVES
 from jaxrmils.policies.objectives import layer_options as layer_options
 from jaxrmils.policies.objectives import tangent_costs as tangent_costs

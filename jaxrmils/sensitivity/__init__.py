@@ -9,6 +9,9 @@ from jaxrmils.sensitivity.curvature import curvature as curvature
 from jaxrmils.sensitivity.curvature import second_order as second_order
 from jaxrmils.sensitivity.directions import directions as directions
 from jaxrmils.sensitivity.directions import fisher as fisher
+from jaxrmils.sensitivity.fisher_diagonal import fisher_diagonal as fisher_diagonal
+from jaxrmils.sensitivity.hessian_trace import HessianTraces as HessianTraces
+from jaxrmils.sensitivity.hessian_trace import hessian_traces as hessian_traces
 from jaxrmils.sensitivity.losses import LABEL_FREE as LABEL_FREE
 from jaxrmils.sensitivity.losses import kl_divergence as kl_divergence
 from jaxrmils.sensitivity.losses import label_free as label_free
@@ -21,6 +24,8 @@ from jaxrmils.sensitivity.moments import Moments as Moments
 from jaxrmils.sensitivity.moments import ScoreMoments as ScoreMoments
 from jaxrmils.sensitivity.moments import moments_of as moments_of
 from jaxrmils.sensitivity.moments import score_moments as score_moments
+from jaxrmils.sensitivity.output_noise import output_power as output_power
+from jaxrmils.sensitivity.output_noise import squared_output as squared_output
 from jaxrmils.sensitivity.perturb import all_off as all_off
 from jaxrmils.sensitivity.perturb import perturbed_losses as perturbed_losses
 from jaxrmils.sensitivity.perturb import perturbed_outputs as perturbed_outputs
