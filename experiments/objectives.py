@@ -1,0 +1,267 @@
+"""Which objective chooses best at equal size: every objective, refined, random and uniform plans.
+
+    python experiments/objectives.py --config configs/cifar_resnet56.py \
+        --config.data.files=cifar10/test.zip --config.model.weights=resnet56.safetensors
+
+Every draw deals the examples anew (`config.seed`). Plans are chosen on its selection examples, at
+the same average bits of a weight with activations in int8, and measured on its confirmation and
+test examples, which chose nothing. Intervals are Student's over draws; a difference from the
+refined plan is paired within a draw. Seeds from 100 on are the table's: a method under development
+uses others. Finished draws are kept, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from results_file import write_table
+
+import jaxrmils as jr
+from jaxrmils.cli.config import load_config
+from jaxrmils.cli.pipeline import batches, make_task, trace_task, with_batch_size
+from jaxrmils.data import Task, check_disjoint
+from jaxrmils.evaluation.simulate import SimulatedModel
+from jaxrmils.graph import Graph, ModelTable
+from jaxrmils.policies import (
+    Costs,
+    InfeasibleBudgetError,
+    Limits,
+    Plan,
+    Simulator,
+    layer_options,
+    tangent_costs,
+)
+from jaxrmils.policies.refine import refined
+from jaxrmils.progress import bars
+from jaxrmils.statistics import mean_interval
+
+FIRST_SEED = 100
+FORMATS = ("w8a8", "w4a8")
+SAVED = ("signed", "upper_bound", "squared")
+REFINED, RANDOM, UNIFORM = "refined", "random", "uniform"
+RANDOM_PLANS = 3
+
+
+def main() -> None:
+    """Runs the experiment."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Further options override the config: --config.data.files=FOLDER",
+    )
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
+    parser.add_argument("--bits", type=float, nargs="+", default=[4, 5, 6, 8])
+    parser.add_argument("--objectives", nargs="*", default=[*SAVED, *jr.MEASURED_COSTS])
+    parser.add_argument("--rounds", type=int, default=4, help="of the refinement")
+    parser.add_argument("--out", help="by default experiments/results/objectives_ and the config")
+    args, overrides = parser.parse_known_args()
+    unknown = set(args.objectives) - {*SAVED, *jr.MEASURED_COSTS}
+    if unknown:
+        parser.error(f"unknown objectives {sorted(unknown)}; expected {SAVED} or a measured one")
+    config = load_config(args.config, overrides)
+    out = Path(args.out or f"experiments/results/objectives_{Path(args.config).stem}")
+    kept = out.with_suffix(".partial.json")
+    settings = {key: getattr(args, key) for key in ("first_seed", "bits", "objectives", "rounds")}
+    settings["overrides"] = overrides
+    draws = restored(kept, settings)
+    graph = simulator = None
+    for number in bars(range(args.draws), "draws", args.draws):
+        if number < len(draws):
+            continue
+        config.seed = args.first_seed + number
+        task = make_task(config, args.config, bars)
+        check_disjoint(task.splits, task.training, task.dataset.groups)
+        if graph is None or simulator is None:
+            graph = trace_task(task)
+            config = with_batch_size(config, graph, task)
+            simulator = Simulator(graph, task.loss)
+        draws.append(draw(config, graph, simulator, task, args))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"settings": settings, "draws": draws}))
+        for row in draws[-1]:
+            print(f"seed {config.seed}: {row}", flush=True)
+    rows = [row for each in draws[: args.draws] for row in each]
+    write_table(out, rows, markdown(rows))
+    kept.unlink(missing_ok=True)
+
+
+def restored(kept: Path, settings: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The draws of an interrupted run with the same settings."""
+    if not kept.exists():
+        return []
+    found = json.loads(kept.read_text())
+    return found["draws"] if found["settings"] == settings else []
+
+
+def draw(
+    config: Any, graph: Graph, simulator: Simulator, task: Task, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Every objective at every budget on one deal of the examples."""
+    params, size = task.load_params(), config.batch_size
+    parts = ("ranges", "selection", "confirmation", "test")
+    data = {name: batches(task.split(name), size) for name in parts}
+    ranges = jr.calibrate(graph, params, data["ranges"].inputs())
+    clock = time.perf_counter()
+    scores = jr.score(graph, params, data["selection"], task.loss, ranges)
+    seconds = {name: time.perf_counter() - clock for name in SAVED}
+    clusters = task.split("selection").groups
+    costs: dict[str, Costs] = {}
+    for name in args.objectives:
+        clock = time.perf_counter()
+        if name in SAVED:
+            costs[name] = tangent_costs(
+                scores, name, layer_options(scores, FORMATS), clusters=clusters
+            )
+        else:
+            options: dict[str, Any] = {"simulator": simulator} if name == "measured" else {}
+            make: Callable[..., Costs] = jr.MEASURED_COSTS[name]
+            arguments = (graph, params, data["selection"], task.loss, ranges)
+            costs[name] = make(*arguments, formats=FORMATS, progress=bars, **options)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - clock
+    model = SimulatedModel(graph, params, ranges, task.loss)
+    judge = Judge(model, task, data)
+    simulation = simulator.on(params, ranges, data["selection"])
+    rng = np.random.default_rng(config.seed)
+    rows = []
+    for bits in args.bits:
+        limits = Limits(weight_bits=bits)
+        plans: dict[str, list[Plan]] = {}
+        try:
+            for name, table in costs.items():
+                plan = jr.budget(scores, limits, objective=table, formats=FORMATS)
+                plans[name] = [plan]
+            clock = time.perf_counter()
+            options = {"formats": FORMATS, "rounds": args.rounds, "clusters": clusters}
+            plans[REFINED] = [refined(simulation, scores, limits, **options).plan]
+            seconds[REFINED] = seconds["squared"] + time.perf_counter() - clock
+            drawn = [by_chance(scores.table, rng) for _ in range(RANDOM_PLANS)]
+            plans[RANDOM] = [
+                jr.budget(scores, limits, objective=each, formats=FORMATS) for each in drawn
+            ]
+        except InfeasibleBudgetError as error:
+            print(f"{bits:g} bits: {error}", flush=True)
+            continue
+        if bits in (4, 8):
+            plans[UNIFORM] = [jr.uniform(scores.table, f"w{bits:g}a8")]
+        for name, chosen in plans.items():
+            row = {"seed": config.seed, "bits": bits, "objective": name}
+            rows.append(row | judge.mean(chosen) | {"seconds": seconds.get(name)})
+    return rows
+
+
+class Judge:
+    """What plans do on the examples that chose nothing; each plan is measured once."""
+
+    def __init__(self, model: SimulatedModel, task: Task, data: Any) -> None:
+        self.model, self.task, self.data = model, task, data
+        self.plain = [model.run(data[name], keep_outputs=True) for name in self.parts]
+        self.known: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    parts = ("confirmation", "test")
+
+    def mean(self, plans: Sequence[Plan]) -> dict[str, Any]:
+        """The mean over plans of the loss change, of the drop of every metric, and of the size."""
+        found = [self.one(plan) for plan in plans]
+        return {key: float(np.mean([each[key] for each in found])) for key in found[0]}
+
+    def one(self, plan: Plan) -> dict[str, Any]:
+        """A plan's changes against float."""
+        key = tuple(plan.layers.items())
+        if key not in self.known:
+            runs = [self.model.run(self.data[n], plan, keep_outputs=True) for n in self.parts]
+            pairs = list(zip(self.plain, runs, strict=True))
+            changes = np.concatenate([after.loss - before.loss for before, after in pairs])
+            row = {"change": float(changes.mean())}
+            if self.task.metrics is not None:
+                moves: dict[str, list[np.ndarray]] = {}
+                for name, (before, after) in zip(self.parts, pairs, strict=True):
+                    indices = getattr(self.task.splits, name)
+                    old = self.task.metrics(before.outputs, indices)
+                    new = self.task.metrics(after.outputs, indices)
+                    for metric in old:
+                        move = np.asarray(old[metric], float) - np.asarray(new[metric], float)
+                        moves.setdefault(metric, []).append(move)
+                row |= {
+                    f"{m} drop": 100 * float(np.concatenate(v).mean()) for m, v in moves.items()
+                }
+            self.known[key] = row
+        return self.known[key]
+
+
+def by_chance(table: ModelTable, rng: np.random.Generator) -> Costs:
+    """Costs that are drawn: a random assignment within the budget."""
+    options = {}
+    for row in table.layers:
+        plans = {name: jr.uniform(table, name).layers[row.name] for name in ("float", *FORMATS)}
+        options[row.name] = {p: 0.0 if p.is_float else rng.uniform() for p in plans.values()}
+    return Costs("random", "nothing", options)
+
+
+def markdown(rows: list[dict[str, Any]]) -> list[str]:
+    """Objectives by budgets, differences from the refined plan, and what they cost."""
+    budgets = sorted({row["bits"] for row in rows})
+    names = list(dict.fromkeys(row["objective"] for row in rows))
+    metric = next((key for key in rows[0] if key.endswith(" drop")), None)
+    draws = len({row["seed"] for row in rows})
+    lines = []
+    for key, title in (("change", "Change of the loss"), (metric, metric)):
+        if key is None:
+            continue
+        lines += [f"{title}, on examples that chose nothing:", ""]
+        lines += ["| objective | " + " | ".join(f"{b:g} bits" for b in budgets) + " | seconds |"]
+        lines += ["|---|" + "---|" * (len(budgets) + 1)]
+        for name in names:
+            cells = [cell(values_of(rows, name, bits, key)) for bits in budgets]
+            times = [r["seconds"] for r in rows if r["objective"] == name and r["seconds"]]
+            cost = f"{np.median(times):.0f}" if times else ""
+            lines.append(f"| {name} | {' | '.join(cells)} | {cost} |")
+        lines.append("")
+    lines += ["Change of the loss minus that of the refined plan, paired within a draw:", ""]
+    lines += ["| objective | " + " | ".join(f"{b:g} bits" for b in budgets) + " |"]
+    lines += ["|---|" + "---|" * len(budgets)]
+    for name in names:
+        if name == REFINED:
+            continue
+        cells = []
+        for bits in budgets:
+            own = values_of(rows, name, bits, "change")
+            best = values_of(rows, REFINED, bits, "change")
+            cells.append(cell({seed: own[seed] - best[seed] for seed in own}))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{draws} draws; +- is Student's 95 % interval over draws. Positive differences: ",
+    ]
+    lines[-1] += (
+        "the refined plan is better. Seconds: the objective's pass over the selection data, "
+    )
+    lines[-1] += "compilation included in the first draw; medians."
+    return lines
+
+
+def values_of(rows: list[dict[str, Any]], name: str, bits: float, key: str) -> dict[int, float]:
+    """By seed."""
+    return {
+        r["seed"]: r[key] for r in rows if r["objective"] == name and r["bits"] == bits and key in r
+    }
+
+
+def cell(values: dict[int, float]) -> str:
+    """Mean and interval over draws."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{next(iter(values.values())):+.4f}"
+    found = mean_interval(np.asarray(list(values.values())), method="t")
+    return f"{found.mean:+.4f} ± {(found.upper - found.lower) / 2:.4f}"
+
+
+if __name__ == "__main__":
+    main()

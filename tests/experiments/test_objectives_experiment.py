@@ -1,0 +1,39 @@
+"""The comparison of objectives on a network that runs in seconds."""
+
+import json
+import sys
+
+import objectives
+import pytest
+from test_paper_table import CONFIG
+
+
+def test_every_objective_has_a_row(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    out = tmp_path / "table"
+    command = ["objectives.py", "--config", str(tmp_path / "tiny.py"), "--draws", "2"]
+    command += ["--bits", "3", "4", "6", "--rounds", "1", "--out", str(out)]
+    command += ["--objectives", "signed", "squared", "squared_output"]
+    monkeypatch.setattr(sys, "argv", command)
+    objectives.main()
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert "3 bits: " in capsys.readouterr().out  # No int4 model is as small as that.
+    names = {"signed", "squared", "squared_output", "refined", "random"}
+    for seed in (100, 101):
+        for bits in (4.0, 6.0):
+            found = {r["objective"] for r in rows if (r["seed"], r["bits"]) == (seed, bits)}
+            assert found == names | ({"uniform"} if bits == 4.0 else set())
+    assert all(isinstance(row["change"], float) and "Acc@1 drop" in row for row in rows)
+    # At 4 bits there is one assignment: all agree but for what stays without a weight.
+    four = [r["change"] for r in rows if (r["seed"], r["bits"]) == (100, 4.0)]
+    assert max(four) - min(four) < 0.1
+    table = out.with_suffix(".md").read_text()
+    assert "| refined |" in table and "| squared_output |" in table and "2 draws" in table
+    assert not list(tmp_path.glob("*.partial.json"))
+
+
+def test_an_unknown_objective_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["objectives.py", "--config", "x.py", "--objectives", "magic"])
+    with pytest.raises(SystemExit):
+        objectives.main()
+    assert "['magic']" in capsys.readouterr().err
