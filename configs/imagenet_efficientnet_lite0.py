@@ -27,8 +27,8 @@ def get_config():
     config.data.calibration_splits = ("ranges", "selection")
     config.splits.ranges = 250
     config.splits.selection = 500
-    config.splits.confirmation = 250
-    config.splits.test = 250
+    config.splits.confirmation = 400
+    config.splits.test = 100
     config.batch_size = 0
     config.policy.formats = ("w8a8", "w4a8")
     config.verify.margin = 0.03

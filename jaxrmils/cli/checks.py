@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from typing import Any
 
+from jaxrmils import artifacts
+from jaxrmils.artifacts.latency_file import load_latency
 from jaxrmils.cli.config import ConfigError
-from jaxrmils.graph import Graph, tabulate
+from jaxrmils.graph import Graph, ModelTable, tabulate
 from jaxrmils.lowering import BACKENDS
 from jaxrmils.numerics import ESTIMATORS
 from jaxrmils.policies import (
+    CAPABILITIES,
     NORMALIZATIONS,
+    OBJECTIVES,
     POLICIES,
     PROBES,
     VARIANTS,
     Constraints,
+    Costs,
+    Limits,
     Search,
+    check_plan,
     parse_format,
+    solve,
 )
+from jaxrmils.policies.budget.policy import JOINT, Settings
+from jaxrmils.policies.constraints import nearest_layer
+from jaxrmils.policies.plan import FLOAT_LAYER
 from jaxrmils.sensitivity import LABEL_FREE
 
 WIDTHS = ("int8", "int4", "float")
 LOSSES = ("task", *LABEL_FREE)
+BUDGET_OBJECTIVES = (*OBJECTIVES, JOINT)
+BUDGET_ROUNDINGS = ("nearest", "directed")
 
 
 def check_config(config: Any, graph: Graph) -> None:
@@ -28,7 +43,8 @@ def check_config(config: Any, graph: Graph) -> None:
 
     Raises:
       ConfigError: an unknown choice or a number out of range.
-      PlanError: a pattern that matches nothing, an unknown format.
+      PlanError: a pattern that matches nothing, an unknown format, limits that no plan is within.
+      ArtifactError: a file that the policy names can't be read.
     """
     policy, settings = config.policy, config.ranges
     choices = {
@@ -43,9 +59,7 @@ def check_config(config: Any, graph: Graph) -> None:
         "loss": (config.loss, LOSSES),
     }
     for field, (value, allowed) in choices.items():
-        if value not in allowed:
-            words = ", ".join(repr(choice) for choice in allowed)
-            raise ConfigError(f"config field {field} is {value!r}; expected one of {words}")
+        check_choice(f"config field {field}", value, allowed)
     if not policy.bits or not set(policy.bits) <= {8, 4}:
         raise ConfigError(f"config field policy.bits is {policy.bits}; expected 8, 4 or both")
     if config.verify.points < 1:
@@ -55,10 +69,11 @@ def check_config(config: Any, graph: Graph) -> None:
             f"batch_size {config.batch_size}, verify.margin {config.verify.margin} and "
             f"verify.alpha {config.verify.alpha}: expected >= 0, >= 0, and between 0 and 0.5"
         )
-    if config.loss != "task" and policy.name == "rmils":
+    if config.loss != "task" and policy.name in ("rmils", "budget"):
         raise ConfigError(
             f"config field loss is {config.loss!r}, whose tangent is zero at the float model, so "
-            "rmils has nothing to go by; use policy.name 'lossless', which runs on the secant"
+            f"{policy.name} has nothing to go by; use policy.name 'lossless', which runs on the "
+            "secant"
         )
     if config.loss == "squared" and not config.verify.margin:
         raise ConfigError(
@@ -66,9 +81,95 @@ def check_config(config: Any, graph: Graph) -> None:
             "no default margin; set verify.margin"
         )
     search_of(policy).check()
-    Constraints(policy.skip, forced(policy.force)).resolve(tabulate(graph))
+    table = tabulate(graph)
+    Constraints(policy.skip, forced(policy.force)).resolve(table)
     for name in (policy.format, *config.verify.compare):
         parse_format(name)
+    if policy.name == "budget":
+        _check_budget(policy, table)
+    if policy.name == "file":
+        check_plan(plan_of_file(policy), table)
+
+
+def check_choice(what: str, value: Any, allowed: Sequence[str]) -> None:
+    """ConfigError unless a value is one of some words; it names those and near ones.
+
+    >>> check_choice("--objective", "squard", ("signed", "squared"))
+    Traceback (most recent call last):
+    ...
+    jaxrmils.cli.config.ConfigError: --objective is 'squard'; did you mean 'squared'? Expected ...
+    """
+    if value in allowed:
+        return
+    words = ", ".join(repr(choice) for choice in allowed)
+    near = difflib.get_close_matches(str(value), [each for each in allowed if each], n=1)
+    hint = f"did you mean {near[0]!r}? Expected" if near else "expected"
+    raise ConfigError(f"{what} is {value!r}; {hint} one of {words}")
+
+
+def _check_budget(policy: Any, table: ModelTable) -> None:
+    """Solves the budget with costs of 0: whether there is a plan does not depend on the scores."""
+    limits, settings = limits_of(policy), budget_settings(policy)
+    if not limits.given():
+        raise ConfigError(
+            "config field policy.name is 'budget', but nothing is limited; set one or more of "
+            "policy.limits, as in --config.policy.limits.size_share=0.2"
+        )
+    names = {*policy.formats, *forced(policy.force).values()}
+    plans = {
+        name: {FLOAT_LAYER: 0.0}
+        | {nearest_layer(table, name, parse_format(each)): 0.0 for each in names}
+        for name in table.layer
+    }
+    names_of_rules = ("formats", "skip", "force", "groups", "capabilities", "latency")
+    rules: dict[str, Any] = {n: value for n, value in settings.items() if n in names_of_rules}
+    solve(table, Costs("none", "nats", plans), limits, **rules)
+
+
+def limits_of(policy: Any) -> Limits:
+    """The budget policy's limits; a field of 0 does not limit.
+
+    Raises:
+      PlanError: an unknown limit, or one out of range.
+    """
+    return Limits.named({name: value for name, value in policy.limits.items() if value})
+
+
+def budget_settings(policy: Any) -> Settings:
+    """What `budget` and `pareto` take besides scores and limits, as the config has it.
+
+    Raises:
+      ConfigError: an unknown objective, rounding or backend.
+      ArtifactError: the latency table can't be read.
+    """
+    check_choice("config field policy.objective", policy.objective, BUDGET_OBJECTIVES)
+    check_choice("config field policy.rounding", policy.rounding, BUDGET_ROUNDINGS)
+    check_choice("config field policy.capabilities", policy.capabilities, ("", *CAPABILITIES))
+    return {
+        "objective": policy.objective,
+        "rounding": policy.rounding,
+        "formats": tuple(policy.formats),
+        "skip": tuple(policy.skip),
+        "force": forced(policy.force),
+        "groups": tuple(policy.groups),
+        "capabilities": policy.capabilities or None,
+        "latency": load_latency(policy.latency_table) if policy.latency_table else None,
+    }
+
+
+def plan_of_file(policy: Any) -> Any:
+    """The plan that policy.file names.
+
+    Raises:
+      ConfigError: it names none.
+      ArtifactError: the file is no plan.
+    """
+    if not policy.file:
+        raise ConfigError(
+            "config field policy.name is 'file', but policy.file is empty; give a plan, as in "
+            "--config.policy.file=RUN/pareto/budget-03.json"
+        )
+    return artifacts.load_plan(policy.file)
 
 
 def forced(entries: tuple[str, ...]) -> dict[str, str]:

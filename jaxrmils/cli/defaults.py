@@ -70,7 +70,7 @@ def base_config() -> Any:
     config.ranges.percentile = 99.99
 
     config.policy = ConfigDict()
-    config.policy.name = "lossless"  # or rmils, uniform
+    config.policy.name = "lossless"  # or budget, rmils, uniform, file
     config.policy.mu = 0.001  # rmils: the threshold
     config.policy.variant = "radical"  # rmils: or balanced
     config.policy.normalization = "raw"  # rmils: raw, t, cosine
@@ -78,13 +78,28 @@ def base_config() -> Any:
     config.policy.bits = (8,)  # rmils: widths to choose from
     config.policy.weights = "same"  # rmils: same, int8, int4, float
     config.policy.lookups = "float"  # rmils: int8, int4, float
-    config.policy.formats = ("w8a8", "w4a8", "w4a4")  # lossless: formats to choose from
+    config.policy.formats = ("w8a8", "w4a8", "w4a4")  # lossless, budget: formats to choose from
     config.policy.rounds = 4  # lossless: how often secant shares are taken at the boundary
     config.policy.length = 16  # lossless: plans to test, at most
     config.policy.caution = 1.0  # lossless: standard errors added to what a format costs
     config.policy.compute = 0.1  # lossless: what a share of the work counts against one of the size
     config.policy.directed = True  # lossless: allow rounding directions that pay
+    # budget: what a plan may use at most, any mix of them; 0 does not limit.
+    config.policy.limits = ConfigDict()
+    config.policy.limits.size_bytes = 0.0  # of the stored model
+    config.policy.limits.size_share = 0.0  # the same as a share of the float model
+    config.policy.limits.weight_bits = 0.0  # average of a weight element
+    config.policy.limits.activation_bits = 0.0  # average of an activation element
+    config.policy.limits.bops = 0.0  # bit operations for one example
+    config.policy.limits.bops_share = 0.0  # the same as a share of 32 x 32 bits
+    config.policy.limits.latency = 0.0  # seconds; needs latency_table
+    config.policy.latency_table = ""  # budget: what `jaxrmils profile` wrote
+    config.policy.objective = "squared"  # budget: or signed, upper_bound, joint_upper_bound
+    config.policy.rounding = "nearest"  # budget: or directed
+    config.policy.groups = ()  # budget: globs whose layers share a format, ("a/*", "b/*"), "qkv"
+    config.policy.capabilities = ""  # budget: formats that gain something on cpu, cuda or tpu
     config.policy.format = "int8"  # uniform: int8, int4, float, w4a8, ...
+    config.policy.file = ""  # file: a plan that a run, `jaxrmils pareto` or save_plan wrote
     config.policy.skip = ()  # globs of layers that stay float
     config.policy.force = ()  # "glob=format", first match counts
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 
 import jaxrmils
-from jaxrmils.cli import aot_command, commands, export_command, profile_command, reporting
+from jaxrmils.cli import (
+    aot_command,
+    budget_command,
+    commands,
+    export_command,
+    profile_command,
+    reporting,
+)
 from jaxrmils.cli.config import ConfigError
 from jaxrmils.lowering import LoweringError
 
@@ -40,6 +48,8 @@ Mixed-precision post-training quantization for JAX and Flax models.
   jaxrmils evaluate RUN                         a saved model on held-out data
   jaxrmils report   RUN                         a saved run again: tables, web page, spreadsheets
   jaxrmils compare  RUN RUN                     saved runs side by side
+  jaxrmils pareto   RUN                         many budgets from its scores, what each costs
+  jaxrmils recommend RUN                        three plans of those, and why
   jaxrmils profile  RUN                         where the time goes on this machine
   jaxrmils export   RUN --out FOLDER            programs that run with jax alone, anywhere
   jaxrmils aot      RUN --target tpu:v5e        what a plan becomes on a device that is not here
@@ -58,6 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
         ("evaluate", "evaluate a saved run on held-out data", _evaluate),
         ("report", "show a saved run again, as tables, web page and spreadsheets", _report),
         ("compare", "lay saved runs side by side", _compare),
+        (
+            "pareto",
+            "solve and measure many budgets from a run's scores",
+            budget_command.pareto_arguments,
+        ),
+        ("recommend", "pick three plans of those, and say why", budget_command.recommend_arguments),
         ("export", "write a saved model as programs for jax alone", export_command.arguments),
         ("profile", "time every layer in every format on this machine", profile_command.arguments),
         ("aot", "compile a plan for a device that is not here", aot_command.arguments),
@@ -67,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
             help=help_,
             description=build.__doc__,
             epilog=_EXIT_CODES
-            if name in ("report", "compare")
+            if name in ("report", "compare", "recommend")
             else _OVERRIDES + "\n" + _EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -115,6 +131,8 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     model), model/ (the integer model), report.json and run.json.
 
       jaxrmils quantize --config configs/mnist_cnn.py --config.policy.mu=0.01 --out runs/mnist
+      jaxrmils quantize --config configs/mnist_cnn.py --out runs/budget \\
+        --config.policy.name=budget --config.policy.limits.size_share=0.2
       jaxrmils quantize --config configs/cifar_resnet20.py --out runs/cifar \\
         --config.data.files=test.zip --config.model.weights=resnet20.safetensors
 
@@ -257,7 +275,16 @@ def _escaped(text: str) -> str:
 
 def entry_point() -> None:
     """What the installed `jaxrmils` script calls."""
+    if "--json" in sys.argv:
+        _keep_stdout_for_json()
     sys.exit(main())
+
+
+def _keep_stdout_for_json() -> None:
+    """Sends what libraries in C print (HiGHS does) to stderr; Python alone writes to stdout."""
+    machine = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+    os.dup2(2, 1)
+    sys.stdout = machine
 
 
 if __name__ == "__main__":

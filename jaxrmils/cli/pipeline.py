@@ -14,7 +14,14 @@ import numpy as np
 
 from jaxrmils import artifacts
 from jaxrmils.artifacts.report_files import REPORT_KIND, RUN_KIND, SPREADSHEETS
-from jaxrmils.cli.checks import check_config, forced, search_of
+from jaxrmils.cli.checks import (
+    budget_settings,
+    check_config,
+    forced,
+    limits_of,
+    plan_of_file,
+    search_of,
+)
 from jaxrmils.cli.config import ConfigError, resolve_function
 from jaxrmils.data import Batches, DataError, Dataset, Splits, Task, check_disjoint
 from jaxrmils.data.splits import SPLIT_NAMES
@@ -25,6 +32,7 @@ from jaxrmils.numerics import Ranges, calibrate
 from jaxrmils.policies import (
     Lossless,
     Plan,
+    budget,
     lossless,
     mu_values,
     rmils,
@@ -41,6 +49,7 @@ from jaxrmils.sensitivity import (
 )
 from jaxrmils.sensitivity.batch_size import fitting_batch_size
 from jaxrmils.sensitivity.losses import LabelFree, float_outputs
+from jaxrmils.statistics import group_numbers
 from jaxrmils.zoo import image_task, mnist_cnn_task, squad_task, text_task
 
 TASKS = {
@@ -147,11 +156,13 @@ def make_plan(
     """The plan of the configured policy, and how `lossless` came to it.
 
     Raises:
-      PlanError: an option that the policy does not take.
+      PlanError: an option that the policy does not take, or limits that no plan is within.
     """
     policy, fixed = config.policy, forced(config.policy.force)
     if policy.name == "uniform":
         return uniform(tabulate(graph), policy.format, skip=policy.skip, force=fixed), None
+    if policy.name == "file":
+        return plan_of_file(policy), None
     if policy.name == "lossless":
         selection, confirmation = task.split("selection"), task.split("confirmation")
         found = lossless(
@@ -176,6 +187,10 @@ def make_plan(
         )
         return found.plan, found
     assert scores is not None
+    if policy.name == "budget":
+        settings = budget_settings(policy)
+        settings["clusters"] = task.split("selection").groups
+        return budget(scores, limits_of(policy), **settings), None
     plan = rmils(
         graph,
         scores,
@@ -362,6 +377,8 @@ def save(result: Result, config: Any, path: str | Path | None, out: str | Path) 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     info = {
+        "task": result.task.name,
+        "unit": result.task.unit,
         "config": json.loads(config.to_json()),
         "config_file": str(Path(path).resolve()) if path else "",
         "splits": result.task.splits.fingerprint,
@@ -371,7 +388,7 @@ def save(result: Result, config: Any, path: str | Path | None, out: str | Path) 
     written = ["plan.json"]
     artifacts.save_plan(result.plan, out / "plan.json")
     if result.scores is not None:
-        artifacts.save_scores(result.scores, out / "scores", info={"seed": config.seed})
+        artifacts.save_scores(result.scores, out / "scores", info=scores_info(result, config))
         written.append("scores")
     elif (out / "scores").is_dir():
         shutil.rmtree(out / "scores")  # of an earlier run with labels: they would not belong here
@@ -384,6 +401,15 @@ def save(result: Result, config: Any, path: str | Path | None, out: str | Path) 
     artifacts.write_spreadsheets(saved.document, *(out / name for name in sheets))
     records = ["run.json", "report.json", "report.html", *sheets]
     return [*written, "model", *records]
+
+
+def scores_info(result: Result, config: Any) -> dict[str, Any]:
+    """What is kept beside the scores: the seed, and which examples belong together, as numbers."""
+    groups = result.task.split("selection").groups
+    if groups is None:
+        return {"seed": config.seed}
+    numbers = group_numbers(groups, len(groups)).tolist()
+    return {"seed": config.seed, "groups": {"selection": numbers}}
 
 
 def report_dict(result: Result) -> dict[str, Any]:

@@ -55,4 +55,4 @@ from jaxrmils.policies.simulation import Simulator as Simulator
 from jaxrmils.policies.simulation import plan_switches as plan_switches
 from jaxrmils.policies.uniform import uniform as uniform
 
-POLICIES = ("lossless", "rmils", "uniform")
+POLICIES = ("lossless", "budget", "rmils", "uniform", "file")

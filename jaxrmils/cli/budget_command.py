@@ -1,0 +1,409 @@
+"""`jaxrmils pareto` and `jaxrmils recommend`: what budgets cost, and which to take."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from rich.text import Text
+
+from jaxrmils import artifacts
+from jaxrmils.artifacts.folder import read_manifest
+from jaxrmils.artifacts.latency_file import load_latency
+from jaxrmils.artifacts.pareto_file import (
+    FOLDER,
+    PAGE,
+    load_pareto,
+    pareto_document,
+    save_pareto,
+    sources,
+)
+from jaxrmils.artifacts.report_files import RUN_KIND, RunFolder, load_run
+from jaxrmils.cli import commands, pipeline, profile_command
+from jaxrmils.cli.budget_printing import pareto_table, picks_document, print_picks
+from jaxrmils.cli.checks import BUDGET_OBJECTIVES, budget_settings, check_choice, limits_of
+from jaxrmils.cli.commands import Outcome, console_of
+from jaxrmils.cli.config import ConfigError, apply_overrides
+from jaxrmils.cli.defaults import base_config
+from jaxrmils.data import DataError, Task
+from jaxrmils.evaluation import SimulatedModel
+from jaxrmils.evaluation.page.pareto_page import statements
+from jaxrmils.evaluation.pareto_report import (
+    USES,
+    Contender,
+    HeldOut,
+    ParetoReport,
+    PlanPoint,
+    contenders,
+    measured_points,
+    predicted_points,
+    uniform_plans,
+)
+from jaxrmils.policies import Limits, Plan, PlanError, pareto, usage
+from jaxrmils.policies.budget import problem
+from jaxrmils.policies.budget.policy import Settings
+from jaxrmils.policies.budget.solve import infeasible
+from jaxrmils.progress import bars, silent
+from jaxrmils.sensitivity import Scores
+
+ROOM = 1.25
+_POLICY = "--config.policy."
+
+
+def pareto_arguments(parser: argparse.ArgumentParser) -> None:
+    """Solves many budgets from a saved run's scores, measures their plans, the uniform ones and the
+    run's own on the confirmation split, and writes RUN/pareto/: pareto.html (loss and accuracy
+    against size and against latency or bit operations), pareto.csv, pareto.json, and every plan as
+    a file that `jaxrmils.load_plan` reads. Solving needs neither the model nor the data.
+
+      jaxrmils pareto runs/mnist                                  10 budgets of size
+      jaxrmils pareto runs/mnist --along weight_bits --values 4,5,6,8
+      jaxrmils pareto runs/mnist --no-verify                      predictions, in a moment
+      jaxrmils pareto runs/mnist --config.policy.limits.activation_bits=8
+
+    What the run's config says of the policy (formats, skip, force, groups, capabilities, limits
+    other than the one that is varied) holds for every budget, and can be overridden. The test split
+    is not read: it is left for the certificate of the plan that you take:
+
+      jaxrmils quantize --config FILE --out RUN2 --config.policy.name=file \\
+        --config.policy.file=RUN/pareto/budget-03.json
+    """
+    parser.add_argument("run_folder", metavar="RUN", help="a folder that quantize or demo wrote")
+    amounts = parser.add_mutually_exclusive_group()
+    amounts.add_argument(
+        "--values",
+        "--sizes",
+        metavar="V,V,...",
+        help="the budgets, such as 0.15,0.2 (shares of the float model unless --along says else)",
+    )
+    amounts.add_argument(
+        "--count",
+        type=int,
+        default=10,
+        help="this many budgets, evenly from the smallest possible one to somewhat above the "
+        "largest uniform plan's (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--along",
+        default="size_share",
+        metavar="LIMIT",
+        help=f"what is limited: {', '.join(USES)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--objective",
+        metavar="NAME",
+        help=f"what is minimised: {', '.join(BUDGET_OBJECTIVES)} (default: the config's)",
+    )
+    parser.add_argument(
+        "--latency",
+        metavar="FILE",
+        help="seconds of every layer, to limit and to show (default: the RUN/latency.json that "
+        "`jaxrmils profile` writes, if there is one)",
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure the plans on held-out data, which needs the run's model and data",
+    )
+    parser.add_argument("--config", help="where model and data come from, if not the run's own")
+    parser.set_defaults(run=run_pareto)
+
+
+def recommend_arguments(parser: argparse.ArgumentParser) -> None:
+    """Picks three plans from RUN/pareto/, with a sentence each on why: quality, the smallest plan
+    shown to be as good as float; compact, the smallest shown to be within a tolerance; and balanced
+    between the two. "Shown" means that the upper end of the interval is within the bound.
+
+      jaxrmils recommend runs/mnist
+      jaxrmils recommend runs/mnist --margin 0.01 --tolerance 0.05
+    """
+    parser.add_argument("run_folder", metavar="RUN", help="a folder with a sweep by pareto")
+    parser.add_argument(
+        "--margin", type=float, help="a loss change that counts as none (default: the run's)"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, help="a loss change that is accepted (default: four margins)"
+    )
+    parser.set_defaults(run=run_recommend)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A saved run as a sweep reads it.
+
+    Attributes:
+      folder: its records.
+      policy: its policy settings, with those of the command line.
+      scores: what budgets are solved from.
+      plan: its own plan.
+      settings: what `pareto` takes.
+      notes: what was left out, and why.
+    """
+
+    folder: RunFolder
+    policy: Any
+    scores: Scores
+    plan: Plan
+    settings: Settings
+    notes: tuple[str, ...] = ()
+
+
+def run_pareto(args: argparse.Namespace) -> Outcome:
+    """A sweep of budgets from a saved run."""
+    _check(args)
+    run = _load(args)
+    task = _task(args) if args.verify else None
+    start = time.perf_counter()
+    budgets = _budgets(args, run)
+    solved = pareto(run.scores, budgets, **run.settings)
+    found = contenders(solved, args.along, _uniforms(run), run.plan)
+    seconds = time.perf_counter() - start
+    points = predicted_points(
+        found,
+        run.scores,
+        latency=run.settings.get("latency"),
+        clusters=run.settings.get("clusters"),
+    )
+    held_out = None
+    if task is not None:
+        held_out, points = _measured(args, run, task, found, points)
+    report = _report(args, run, len(budgets), points, held_out)
+    written = save_pareto(report, {c.name: c.plan for c in found}, run.folder.path)
+    console = console_of(args)
+    console.print(pareto_table(report))
+    for note in statements(report):
+        console.print(Text(f"Note       {note}"))
+    console.print(Text(f"Solved     {len(budgets)} budgets in {seconds:.2f} s"))
+    print_picks(report, report.picks(), run.folder.path, console)
+    console.print(Text(f"Files      {run.folder.path}: {', '.join(written)}"))
+    data = {"out": str(run.folder.path / FOLDER), "files": written, "solve_seconds": seconds}
+    return Outcome({**data, **pareto_document(report), "picks": picks_document(report.picks())})
+
+
+def run_recommend(args: argparse.Namespace) -> Outcome:
+    """Three picks from a saved sweep."""
+    if args.overrides:
+        raise ConfigError(
+            f"recommend reads a saved sweep and takes no config fields; found {args.overrides[0]!r}"
+        )
+    folder = Path(args.run_folder)
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise artifacts.ArtifactError(f"{folder} {found}; the folder of a run was expected")
+    report = load_pareto(folder)
+    picks = report.picks(args.margin, args.tolerance)
+    console = console_of(args)
+    print_picks(report, picks, folder, console)
+    for note in statements(report):
+        console.print(Text(f"Note       {note}"))
+    page = folder / FOLDER / PAGE
+    console.print(Text(f"Page       {page}"))
+    return Outcome({"run": str(folder), "picks": picks_document(picks, folder), "page": str(page)})
+
+
+def _check(args: argparse.Namespace) -> None:
+    """ConfigError for arguments that can't be right, before anything is read."""
+    check_choice("--along", args.along, USES)
+    if args.objective is not None:
+        check_choice("--objective", args.objective, BUDGET_OBJECTIVES)
+    if args.count < 1:
+        raise ConfigError(f"--count is {args.count}; expected 1 or more")
+    rest = [text for text in args.overrides if not text.startswith(_POLICY)]
+    if rest and not args.verify:
+        raise ConfigError(
+            f"{rest[0]!r} concerns the model or the data, which --no-verify leaves alone; only "
+            "--config.policy fields count then"
+        )
+    if args.config and not args.verify:
+        raise ConfigError("--config says where model and data are, which --no-verify leaves alone")
+
+
+def _load(args: argparse.Namespace) -> _Run:
+    folder = load_run(args.run_folder)
+    if not (folder.path / "scores").is_dir():
+        loss = folder.run.config.get("loss", "task")
+        raise artifacts.ArtifactError(
+            f"{folder.path} holds no scores"
+            + (f" (its loss is {loss!r}, whose tangent is zero)" if loss != "task" else "")
+            + "; quantize with --config.loss=task, whose scores budgets are solved from"
+        )
+    scores = artifacts.load_scores(folder.path / "scores")
+    plan = artifacts.load_plan(folder.path / "plan.json")
+    policy = _policy(args, folder)
+    settings = budget_settings(policy)
+    groups = read_manifest(folder.path / "scores")["info"].get("groups")
+    settings["clusters"] = groups["selection"] if groups else None
+    run = _Run(folder, policy, scores, plan, settings)
+    return run if settings.get("latency") else _with_latency(run, args.along)
+
+
+def _with_latency(run: _Run, along: str) -> _Run:
+    """The run with the times that `jaxrmils profile` wrote, if they are of all that can occur."""
+    path = run.folder.path / profile_command.FILE
+    if not path.is_file():
+        return run
+    latency = load_latency(path)
+    used = replace(run, settings={**run.settings, "latency": latency})
+    float_plan = uniform_plans(run.scores, ["float"])["float"]
+    try:
+        for plan in (float_plan, run.plan, *_uniforms(run).values()):
+            usage(run.scores.table, plan.layers, latency)
+    except PlanError as error:
+        if along == "latency":
+            raise
+        note = f"The times in {path.name} are not shown: {error}."
+        return replace(run, notes=(note,))
+    return used
+
+
+def _policy(args: argparse.Namespace, folder: RunFolder) -> Any:
+    """The run's policy settings, with today's defaults where an older run has none."""
+    config = base_config()
+    saved = folder.run.config.get("policy", {})
+    merged = {**config.policy.to_dict(), **{k: _tuples(v) for k, v in saved.items()}}
+    merged["limits"] = {**config.policy.limits.to_dict(), **saved.get("limits", {})}
+    config.policy = ConfigDict(merged)
+    given = [text for text in args.overrides if text.startswith(_POLICY)]
+    given += [f"{_POLICY}objective={args.objective}"] * (args.objective is not None)
+    given += [f"{_POLICY}latency_table={args.latency}"] * (args.latency is not None)
+    return apply_overrides(config, given).policy
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _task(args: argparse.Namespace) -> tuple[Any, Task]:
+    """The run's config and task; what is missing names --no-verify."""
+    rest = [text for text in args.overrides if not text.startswith(_POLICY)]
+    options = argparse.Namespace(config=args.config, overrides=rest, quiet=args.quiet)
+    try:
+        return commands.task_of(Path(args.run_folder), options)
+    except (*commands.INPUT_ERRORS, ConfigError) as error:
+        if isinstance(error, ConfigError) and rest:
+            raise
+        raise DataError(
+            f"{error}. Measuring needs the run's model and data: give --config, or --no-verify for "
+            "predictions from the saved scores alone"
+        ) from error
+
+
+def _budgets(args: argparse.Namespace, run: _Run) -> list[Limits]:
+    """The limits of every budget; those of the config that are not varied hold for all."""
+    kept = limits_of(run.policy).given()
+    kept.pop(args.along, None)
+    values = _values(args.values) if args.values else _evenly(args, run, Limits(**kept))
+    return [Limits(**{**kept, args.along: value}) for value in values]
+
+
+def _values(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",") if word.strip()]
+    except ValueError as error:
+        raise ConfigError(
+            f"--values is {text!r}; expected numbers separated by commas, such as 0.15,0.2"
+        ) from error
+
+
+def _evenly(args: argparse.Namespace, run: _Run, kept: Limits) -> Sequence[float]:
+    """From the smallest use that is possible to `ROOM` times that of the largest uniform plan.
+
+    The room is for a few layers in float; above it, budgets buy little but more of them.
+    """
+    programme = problem(run.scores, **run.settings).programme
+    low = programme.minimum(args.along, kept.given())
+    if low is None:
+        raise infeasible(programme, kept)
+    table, latency = run.scores.table, run.settings.get("latency")
+    uses = [usage(table, plan.layers, latency)[args.along] for plan in _uniforms(run).values()]
+    float_plan = uniform_plans(run.scores, ["float"])["float"]
+    most = max([usage(table, float_plan.layers, latency)[args.along], *uses])
+    high = max(low, min(ROOM * max(uses), most))
+    steps = [i / (args.count - 1) for i in range(args.count)] if args.count > 1 else [0.0]
+    # max: rounding must not take the first below what is possible.
+    return [max(low, low + step * (high - low)) for step in steps]
+
+
+def _uniforms(run: _Run) -> dict[str, Plan]:
+    settings = run.settings
+    return uniform_plans(
+        run.scores,
+        settings.get("formats", ()),
+        skip=settings.get("skip", ()),
+        force=settings.get("force"),
+    )
+
+
+def _measured(
+    args: argparse.Namespace,
+    run: _Run,
+    configured: tuple[Any, Task],
+    found: Sequence[Contender],
+    points: Sequence[PlanPoint],
+) -> tuple[HeldOut, tuple[PlanPoint, ...]]:
+    """Every plan on the confirmation split, which chose none of the sweep's."""
+    config, task = configured
+    graph = pipeline.trace_task(task)
+    if graph.fingerprint != run.scores.table.fingerprint:
+        raise PlanError(
+            f"the task's model is another one than {run.folder.path} was made from (fingerprints "
+            f"{graph.fingerprint[:12]} and {run.scores.table.fingerprint[:12]}); quantize again, "
+            "or give --no-verify"
+        )
+    config = pipeline.with_batch_size(config, graph, task)
+    split = task.split("confirmation")
+    simulation = SimulatedModel(graph, task.load_params(), run.scores.ranges, task.loss)
+    return measured_points(
+        found,
+        points,
+        simulation,
+        pipeline.batches(split, config.batch_size),
+        split="confirmation",
+        groups=split.groups,
+        metrics=pipeline.metrics_on(task, "confirmation"),
+        progress=silent if args.quiet else bars,
+    )
+
+
+def _report(
+    args: argparse.Namespace,
+    run: _Run,
+    budgets: int,
+    points: tuple[PlanPoint, ...],
+    held_out: HeldOut | None,
+) -> ParetoReport:
+    policy, config, latency = run.policy, run.folder.run.config, run.settings.get("latency")
+    info = artifacts.load_record(run.folder.path / "run.json", RUN_KIND)
+    notes = list(run.notes)
+    if held_out is not None and run.plan.policy.get("name") == "lossless":
+        notes.append(
+            "The run's own plan was chosen by tests on the confirmation split, so that its change "
+            "here is too kind."
+        )
+    names = ("formats", "rounding", "skip", "force", "groups", "capabilities")
+    settings = {name: policy[name] for name in names if policy[name]}
+    kept = limits_of(policy).given()
+    kept.pop(args.along, None)
+    return ParetoReport(
+        task=info.get("task", str(config.get("task", ""))),
+        along=args.along,
+        budgets=budgets,
+        objective=policy.objective,
+        unit=info.get("unit", "units of the loss"),
+        margin=run.folder.report.test.margin,
+        float_bytes=run.scores.table.float_bits / 8,
+        float_loss=float(run.scores.loss.mean()),
+        examples=len(run.scores),
+        points=points,
+        held_out=held_out,
+        latency=f"{latency.source}, for {latency.backend}" if latency else "",
+        settings=settings | ({"limits kept": kept} if kept else {}),
+        notes=tuple(notes),
+        sources=sources(run.folder.path),
+    )
