@@ -47,6 +47,7 @@ from jaxrmils.policies import Limits as Limits
 from jaxrmils.policies import Lossless as Lossless
 from jaxrmils.policies import MeasuredPoint as MeasuredPoint
 from jaxrmils.policies import Plan as Plan
+from jaxrmils.policies import Refined as Refined
 from jaxrmils.policies import Search as Search
 from jaxrmils.policies import Simulator as Simulator
 from jaxrmils.policies import assign as assign
@@ -58,6 +59,7 @@ from jaxrmils.policies import pareto as pareto
 from jaxrmils.policies import plan_from_tree as plan_from_tree
 from jaxrmils.policies import predict as predict
 from jaxrmils.policies import recommend as recommend
+from jaxrmils.policies import refined as refined
 from jaxrmils.policies import rmils as rmils
 from jaxrmils.policies import uniform as uniform
 from jaxrmils.sensitivity import Contributions as Contributions

@@ -45,6 +45,8 @@ from jaxrmils.policies.plan import roundings_by_site as roundings_by_site
 from jaxrmils.policies.recommend import MeasuredPoint as MeasuredPoint
 from jaxrmils.policies.recommend import Recommendation as Recommendation
 from jaxrmils.policies.recommend import recommend as recommend
+from jaxrmils.policies.refine import Refined as Refined
+from jaxrmils.policies.refine import refined as refined
 from jaxrmils.policies.rmils import PROBES as PROBES
 from jaxrmils.policies.rmils import mu_values as mu_values
 from jaxrmils.policies.rmils import rmils as rmils

@@ -51,7 +51,7 @@ def budget(
     scores: Scores,
     limits: Limits,
     *,
-    objective: str | Costs = "signed",
+    objective: str | Costs = "squared",
     z: float = 1.645,
     rounding: Roundings = "nearest",
     formats: Sequence[str] = DEFAULT_FORMATS,
@@ -136,7 +136,7 @@ def problem(scores: Scores, **settings: Unpack[Settings]) -> Problem:
     Raises:
       PlanError, StatisticsError: as `budget`.
     """
-    objective, z = settings.get("objective", "signed"), settings.get("z", 1.645)
+    objective, z = settings.get("objective", "squared"), settings.get("z", 1.645)
     formats = settings.get("formats", DEFAULT_FORMATS)
     roundings, clusters = settings.get("rounding", "nearest"), settings.get("clusters")
     force = dict(settings.get("force") or {})

@@ -7,6 +7,7 @@
                                                                   for every l in a group g
                 z_i >= x_lo                       for every l that reads leaf i and every o that
                                                   keeps its weight in float
+                sum_{l, o not of plan p} x_lo <= r                for a trust region around p
 
 A group agrees on a format f (y_gf); what a layer makes of it may differ (an activation x activation
 dot makes "a8" of "w4a8"). Leaf i of several layers is stored once (z_i). HiGHS solves it
@@ -43,6 +44,9 @@ _COVERS = 50
 _CUT_GAP = 1e-5
 # A limit is passed by no more than the rounding of its own arithmetic.
 _ROUNDING = 1e-12
+
+_AtMost = tuple[np.ndarray, int]
+"""bool [columns], and how many of these options a plan may have."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class Programme:
         *,
         cuts: Sequence[np.ndarray] = (),
         term: float = 0.0,
+        near: tuple[Solution, int] | None = None,
     ) -> Solution | None:
         """The allowed plan of the smallest cost within limits.
 
@@ -127,6 +132,7 @@ class Programme:
           cuts: float64 [columns] each: an extra term of the objective is at least the sum of
             the chosen entries, and at least 0.
           term: weight of that term, above 0.
+          near: a plan, and in how many layers at most the result may differ from it.
 
         Returns:
           The solution; None if no plan is within the limits.
@@ -139,7 +145,14 @@ class Programme:
         usable = shifted < np.inf if cuts else self._undominated(costs, limits)
         tie = _TIE / max(self.table.float_bits, 1) * self.resource("size_bytes")[1]
         leaf = _TIE / max(self.table.float_bits, 1)
-        return self._rescaled(limits, shifted, usable, _Extra(tie, leaf, 0.0, tuple(cuts), term))
+        region = []
+        if near is not None:
+            usable[near[0].columns] = True
+            others = np.ones(len(costs), bool)
+            others[near[0].columns] = False
+            region = [(others, near[1])]
+        extra = _Extra(tie, leaf, 0.0, tuple(cuts), term)
+        return self._rescaled(limits, shifted, usable, extra, region)
 
     def minimum(self, name: str, limits: Mapping[str, float]) -> float | None:
         """The smallest use of a resource within limits on others; None if they are infeasible."""
@@ -151,10 +164,15 @@ class Programme:
         return None if solution is None else self.used(name, solution)
 
     def _rescaled(
-        self, limits: Mapping[str, float], costs: np.ndarray, usable: np.ndarray, extra: _Extra
+        self,
+        limits: Mapping[str, float],
+        costs: np.ndarray,
+        usable: np.ndarray,
+        extra: _Extra,
+        region: Sequence[_AtMost] = (),
     ) -> Solution | None:
         """The optimum of costs that are at least 0, however far they reach."""
-        covers: list[np.ndarray] = []
+        covers = list(region)
         while True:
             most = np.maximum.reduceat(np.where(usable, costs, 0.0), self._starts).sum()
             most = float(most) + extra.leaf_cost * sum(bits for bits, _ in self._shared_leaves)
@@ -215,7 +233,7 @@ class Programme:
         self,
         limits: Mapping[str, float],
         scaled: _Scaled,
-        covers: list[np.ndarray],
+        covers: list[_AtMost],
     ) -> Solution | None:
         """The optimum of one scaling; plans that pass a limit within tolerance are cut off."""
         for _ in range(_COVERS):
@@ -229,7 +247,7 @@ class Programme:
             ]
             if not passed:
                 return solution
-            covers += [self._cover(name, solution) for name in passed]
+            covers += [(self._cover(name, solution), self._count - 1) for name in passed]
         raise PlanError(
             f"more than {_COVERS} plans lie within a millionth above the limit {passed[0]} "
             f"({limits[passed[0]]!r}); lower or raise it a little"
@@ -245,7 +263,7 @@ class Programme:
         return cover
 
     def _solved(
-        self, limits: Mapping[str, float], scaled: _Scaled, covers: Sequence[np.ndarray]
+        self, limits: Mapping[str, float], scaled: _Scaled, covers: Sequence[_AtMost]
     ) -> Solution | None:
         rows, extra = _Rows(len(self.columns)), scaled.extra
         self._choose_one(rows)
@@ -254,8 +272,8 @@ class Programme:
         for name, limit in limits.items():
             if not self._limit(rows, name, limit, leaves):
                 return None
-        for cover in covers:
-            rows.add(dict.fromkeys(np.flatnonzero(cover).tolist(), 1.0), upper=self._count - 1)
+        for cover, most in covers:
+            rows.add(dict.fromkeys(np.flatnonzero(cover).tolist(), 1.0), upper=most)
         if extra.cuts:
             # The term is counted in the objective's scale, lest it be lost in the tolerances.
             term = rows.new()

@@ -1,0 +1,315 @@
+"""Secant refinement of a budget's plan: from single layers' costs to those in company.
+
+The tangent's plan is simulated, and its joint loss change shared out among its layers by the secant
+(`jaxrmils.sensitivity.secant`). What options are believed to cost is corrected by these shares
+(`beliefs`), and the budget is solved again in a trust region: at most so many layers may differ
+from the plan so far. Every step is judged by cross-fitting: the same steps are taken with each part
+of the examples left out, and the plans found so are measured on the part that is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from jaxrmils.policies.budget.choices import Rules
+from jaxrmils.policies.budget.groups import Groups
+from jaxrmils.policies.budget.limits import LatencyTable, Limits
+from jaxrmils.policies.budget.policy import DEFAULT_FORMATS
+from jaxrmils.policies.budget.programme import Solution
+from jaxrmils.policies.budget.solve import plan_of, programme_of
+from jaxrmils.policies.costs import Costs
+from jaxrmils.policies.formats import PlanError
+from jaxrmils.policies.objectives import Roundings, layer_options, tangent_costs
+from jaxrmils.policies.plan import LayerPlan, Plan
+from jaxrmils.policies.refine_search import (
+    Chain,
+    RefinementSearch,
+    Step,
+    first_beliefs,
+    sampling_noise,
+    sides_of,
+)
+from jaxrmils.policies.simulation import Simulation
+from jaxrmils.progress import Progress, silent
+from jaxrmils.sensitivity import Scores
+from jaxrmils.statistics import Interval, group_numbers, mean_interval
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """One plan of the refinement; the first is the tangent's.
+
+    Attributes:
+      plan: the plan.
+      selection: its measured joint change on all selection examples, which chose it.
+      cross_fitted: the change, on every example, of the plan of those steps that did not see it,
+        without sampling noise of the first-order part (see `refine_search`).
+      size_bytes: of the quantized model.
+      radius: in how many layers it could differ from the plan it came from; None for the first.
+      changed: in how many it does.
+      is_improvement: did the cross-fitted change become lower? Only then do further rounds go on
+        from here.
+    """
+
+    plan: Plan
+    selection: Interval
+    cross_fitted: Interval
+    size_bytes: float
+    radius: int | None
+    changed: int
+    is_improvement: bool
+
+
+@dataclass(frozen=True, eq=False)
+class UniformPlan:
+    """One format wherever the rules allow it, within the budget.
+
+    Attributes:
+      format: its name.
+      plan: the plan.
+      selection: its measured joint change on the selection examples.
+      estimate: the same without sampling noise of the first-order part; nothing chose the plan.
+      size_bytes: of the quantized model.
+    """
+
+    format: str
+    plan: Plan
+    selection: Interval
+    estimate: Interval
+    size_bytes: float
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
+    """The result of `refined`.
+
+    Attributes:
+      plan: the plan: no worse on the selection examples than any of `uniforms`.
+      selection: its measured joint change on the selection examples: no evidence, since they chose
+        it.
+      estimate: its cross-fitted change; for a uniform plan, its `estimate`.
+      chosen: the plan's index in `rounds`; None where a uniform plan was better.
+      rounds: what was tried, in order.
+      uniforms: every uniform plan within the budget.
+    """
+
+    plan: Plan
+    selection: Interval
+    estimate: Interval
+    chosen: int | None
+    rounds: tuple[Round, ...]
+    uniforms: tuple[UniformPlan, ...]
+
+    @property
+    def uniform(self) -> UniformPlan | None:
+        """The uniform plan with the least measured change; None if none is within the budget."""
+        return min(self.uniforms, key=lambda u: u.selection.mean, default=None)
+
+
+def refined(
+    simulation: Simulation,
+    scores: Scores,
+    limits: Limits,
+    *,
+    objective: str | Costs = "squared",
+    rounds: int = 4,
+    radius: int | None = None,
+    folds: int = 2,
+    seed: int = 0,
+    rounding: Roundings = "nearest",
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    skip: Sequence[str] = (),
+    force: Mapping[str, str] | None = None,
+    groups: Groups = (),
+    capabilities: str | Sequence[str] | None = None,
+    latency: LatencyTable | None = None,
+    clusters: Any = None,
+    time_limit: float = 60.0,
+    progress: Progress = silent,
+) -> Refined:
+    """The plan of the least loss within a budget that a few rounds of measuring find.
+
+    A round costs one attribution (`Simulation.attribute`) and one forward pass for each fold;
+    before the first, every format is attributed throughout the network once.
+
+    Args:
+      simulation: `Simulator(graph, loss).on(params, ranges, selection)`.
+      scores: from `score` on the same examples in the same order.
+      limits: what the plan may use.
+      objective: where beliefs start: "squared", or the `Costs` of another objective; none may be
+        negative.
+      rounds: steps after the first plan, at most.
+      radius: in how many layers the first step may differ from the first plan; by default half of
+        them, rounded up. It is doubled after a step that improves and halved after one that does
+        not.
+      folds: parts that the examples are dealt to for cross-fitting.
+      seed: of the dealing.
+      rounding, formats, skip, force, groups, capabilities, latency, time_limit: as for `budget`.
+      clusters: [N], the group of each example, where examples depend on each other: a group is
+        never on both sides of a cross-fit, and standard errors are the groups'.
+      progress: see `jaxrmils.progress`.
+
+    Returns:
+      The plan, and what was tried. `plan.policy` is that of `budget` and has the rounds as
+      "refinement".
+
+    Raises:
+      InfeasibleBudgetError: no plan is within the limits.
+      PlanError: numbers out of range, scores of other examples or another model, an objective
+        that is negative or zero throughout, and as `budget`.
+      ScoreError: a loss that is not finite.
+      StatisticsError: clusters that do not fit.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxrmils import calibrate, score, trace
+    >>> from jaxrmils.policies.simulation import Simulator
+    >>> x = jax.random.normal(jax.random.key(0), (64, 8))
+    >>> params = {n: jax.random.normal(jax.random.key(i), (8, 8)) for i, n in enumerate("abc")}
+    >>> graph = trace(lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"], params, x)
+    >>> ranges, data = calibrate(graph, params, [x]), [(x, x)]
+    >>> squares = lambda outputs, targets: jnp.sum((outputs - targets) ** 2, 1)
+    >>> simulation = Simulator(graph, squares).on(params, ranges, data)
+    >>> scores = score(graph, params, data, squares, ranges)
+    >>> found = refined(simulation, scores, Limits(weight_bits=8))
+    >>> found.selection.mean <= found.uniform.selection.mean
+    True
+    """
+    rules = Rules(formats, skip, dict(force or {}), groups, capabilities, latency)
+    _check(simulation, scores, rounds, radius, folds)
+    allowed = [*rules.allowed().values(), *rules.force.values()]
+    options = layer_options(scores, allowed, rounding)
+    numbers = None if clusters is None else group_numbers(clusters, len(scores))
+    sides = sides_of(len(scores), folds, numbers, seed)
+
+    def costs_on(side: np.ndarray) -> Costs:
+        if isinstance(objective, Costs):
+            return objective
+        return tangent_costs(_taken(scores, side), objective, options)
+
+    costs = costs_on(sides[0])
+    programme = programme_of(scores.table, costs, rules, time_limit)
+    noise = sampling_noise(scores, programme, numbers)
+    search = RefinementSearch(simulation, programme, limits, numbers, noise, {})
+    chains = []
+    for side in sides:
+        beliefs = first_beliefs(programme, costs_on(side))
+        chains.append(Chain(side, beliefs, search.first(beliefs)))
+    chains = search.learn_formats(chains, progress)
+    radius = radius or math.ceil(len(costs.options) / 2)
+    steps = list(progress(search.steps(chains, rounds, radius), "refining plans", rounds + 1))
+    return _Writer(search, rules, limits, clusters).result(steps)
+
+
+def _check(
+    simulation: Simulation, scores: Scores, rounds: int, radius: int | None, folds: int
+) -> None:
+    """PlanError for numbers out of range, and for scores of other examples."""
+    if rounds < 0 or folds < 2 or (radius is not None and radius < 1):
+        raise PlanError(
+            f"rounds {rounds}, folds {folds}, radius {radius}: expected at least 0, 2 and 1"
+        )
+    if scores.table.fingerprint != simulation.simulator.graph.fingerprint:
+        raise PlanError("the scores were made for another model; score this one")
+    losses = simulation.float_loss
+    scale = np.abs(losses).max(initial=1e-6)
+    if losses.shape != scores.loss.shape or np.abs(losses - scores.loss).max() > 0.01 * scale:
+        raise PlanError(
+            f"the scores hold other examples ({len(scores)}) than the simulation ({losses.size}), "
+            "or another loss; score the simulation's examples in the same order"
+        )
+
+
+def _taken(scores: Scores, chosen: np.ndarray) -> Scores:
+    """The scores of some examples."""
+    return replace(
+        scores,
+        loss=scores.loss[chosen],
+        activations=scores.activations[chosen],
+        weights=scores.weights[chosen],
+        gradient_sum=scores.gradient_sum[chosen],
+        gradient_square=scores.gradient_square[chosen],
+        shift=None if scores.shift is None else scores.shift[chosen],
+    )
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Chooses among what was found, and writes it down."""
+
+    search: RefinementSearch
+    rules: Rules
+    limits: Limits
+    clusters: Any
+
+    def result(self, steps: Sequence[Step]) -> Refined:
+        """The plan with the best estimate of those that no uniform plan beats."""
+        rounds = tuple(self._round(step) for step in steps)
+        uniforms = tuple(
+            self._uniform(name, at, steps[-1].beliefs)
+            for name, at in self.search.uniforms().items()
+        )
+        bound = min((u.selection.mean for u in uniforms), default=math.inf)
+        # Of equal estimates a round's counts, and the earliest.
+        found = [(r.cross_fitted.mean, 0, i) for i, r in enumerate(rounds)]
+        found += [(u.estimate.mean, 1, i) for i, u in enumerate(uniforms)]
+        plans = (rounds, uniforms)
+        _, kind, index = min(f for f in found if plans[f[1]][f[2]].selection.mean <= bound)
+        chosen = None if kind else index
+        best = plans[kind][index]
+        estimate = best.cross_fitted if isinstance(best, Round) else best.estimate
+        record = {
+            "chosen": best.format if isinstance(best, UniformPlan) else index,
+            "selection": best.selection.mean,
+            "estimate": estimate.mean,
+            "rounds": [_record(each) for each in rounds],
+            "uniform": {u.format: u.selection.mean for u in uniforms},
+        }
+        plan = replace(best.plan, policy={**best.plan.policy, "refinement": record})
+        return Refined(plan, best.selection, estimate, chosen, rounds, uniforms)
+
+    def _round(self, step: Step) -> Round:
+        return Round(
+            self._plan(step.at, step.beliefs),
+            self._interval(step.change),
+            self._interval(step.cross_fitted),
+            self.search.programme.used("size_bytes", step.at),
+            step.radius,
+            step.changed,
+            step.is_improvement,
+        )
+
+    def _uniform(self, name: str, at: Solution, beliefs: np.ndarray) -> UniformPlan:
+        return UniformPlan(
+            name,
+            self._plan(at, beliefs),
+            self._interval(self.search.change(at)),
+            self._interval(self.search.steadied(at)),
+            self.search.programme.used("size_bytes", at),
+        )
+
+    def _plan(self, at: Solution, beliefs: np.ndarray) -> Plan:
+        programme = self.search.programme
+        options: dict[str, dict[LayerPlan, float]] = {}
+        for (name, layer), cost in zip(programme.columns, beliefs.tolist(), strict=True):
+            options.setdefault(name, {})[layer] = cost
+        costs = Costs("secant", "nats", options)
+        return plan_of(programme, costs, self.rules, self.limits, at)
+
+    def _interval(self, change: np.ndarray) -> Interval:
+        return mean_interval(change, method="t", groups=self.clusters)
+
+
+def _record(each: Round) -> dict[str, Any]:
+    """A round as plain values."""
+    return {
+        "selection": each.selection.mean,
+        "cross_fitted": each.cross_fitted.mean,
+        "size_bytes": each.size_bytes,
+        "radius": each.radius,
+        "changed": each.changed,
+    }

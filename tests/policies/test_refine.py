@@ -1,0 +1,330 @@
+"""The secant refinement, on networks of invented numbers and on a real one."""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from invented import chain, models, options, scores
+from models import loss, nnx_mlp
+
+import jaxrmils as jr
+from jaxrmils.policies import LayerPlan, Plan, PlanError, Simulator, uniform
+from jaxrmils.policies.attribution import PlanAttribution
+from jaxrmils.policies.budget import InfeasibleBudgetError, Limits, budget, usage
+from jaxrmils.policies.budget.choices import Rules
+from jaxrmils.policies.budget.solve import programme_of
+from jaxrmils.policies.costs import Costs
+from jaxrmils.policies.plan import predict
+from jaxrmils.policies.refine import refined
+from jaxrmils.policies.refine_search import sides_of
+from jaxrmils.statistics import StatisticsError
+
+SIZES = (400, 320, 240, 400, 160, 240)
+FORMATS = ("w8a8", "w4a8")
+COUNT = 200
+
+
+class Invented:
+    """Layers with a first and a second order each, and pairs that cost more together in 4 bits."""
+
+    def __init__(self, seed=0, together=None, examples=COUNT, sizes=SIZES):
+        self.scores = scores(chain(*sizes), examples, seed)
+        for name in ("activations", "weights"):  # The mean slope of a trained network.
+            values = getattr(self.scores, name)
+            self.scores = dataclasses.replace(self.scores, **{name: values - values.mean(axis=0)})
+        self.table = self.scores.table
+        self.simulator = SimpleNamespace(graph=SimpleNamespace(fingerprint="invented"))
+        self.float_loss = np.ones(examples)
+        self.together = together or {}
+        self.attributions = self.passes = 0
+
+    def parts(self, plan):
+        found = {
+            name: first + 0.5 * np.mean(first**2)
+            for name, first in predict(self.scores, plan).items()
+            if not plan.layers[name].is_float
+        }
+        for pair, cost in self.together.items():
+            if all(plan.layers[name].weight_bits == 4 for name in pair):
+                for name in pair:
+                    found[name] = found[name] + cost / 2
+        return found
+
+    def attribute(self, plan):
+        self.attributions += 1
+        parts = self.parts(plan)
+        change = sum(parts.values(), np.zeros(len(self.float_loss)))
+        return PlanAttribution(parts, self.float_loss, 1 + change, 2)
+
+    def change(self, plan):
+        self.passes += 1
+        return sum(self.parts(plan).values(), np.zeros(len(self.float_loss)))
+
+    def mean(self, layers):
+        """What a plan costs in truth; all slopes are 0."""
+        return float(np.mean(self.change(Plan(layers, "invented"))))
+
+    def best(self, limits):
+        """The least cost of all plans within limits that leave nothing in float."""
+        own = [options(row, FORMATS)[1:] for row in self.table.layers]
+        plans = (dict(zip(self.table.layer, c, strict=True)) for c in itertools.product(*own))
+        return min(self.mean(p) for p in plans if fits(self.table, p, limits))
+
+
+def fits(table, layers, limits):
+    used = usage(table, layers)
+    return all(used[name] <= value * (1 + 1e-12) for name, value in limits.given().items())
+
+
+def refine(simulation, limits, **settings):
+    return refined(simulation, simulation.scores, limits, **{"formats": FORMATS, **settings})
+
+
+LIMITS = Limits(weight_bits=6)
+
+
+def worse_together(seed, count=1):
+    """A network in which pairs of layers of the one-shot plan cost a lot, and that plan."""
+    network = Invented(seed, sizes=(*SIZES, 300, 200))
+    one_shot = budget(network.scores, LIMITS, objective="squared", formats=FORMATS).layers
+    names = [name for name, layer in one_shot.items() if layer.weight_bits == 4]
+    network.together = {tuple(names[2 * i : 2 * i + 2]): 0.3 for i in range(count)}
+    return network, one_shot
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_layers_that_are_worse_together_are_taken_apart(seed):
+    network, one_shot = worse_together(seed)
+    found = refine(network, LIMITS)
+    assert found.rounds[0].plan.layers == one_shot
+    assert found.rounds[0].selection.mean > 0.3
+    assert found.selection.mean <= network.best(LIMITS) + 0.01
+    assert found.chosen > 0
+
+
+def test_what_the_tangent_knows_is_not_made_worse():
+    for seed in range(5):
+        network = Invented(seed)
+        found = refine(network, LIMITS)
+        assert found.selection.mean <= network.mean(found.rounds[0].plan.layers) + 1e-9
+        assert found.selection.mean <= network.best(LIMITS) + 0.01
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 0.3, -0.5]),
+    st.sampled_from(
+        [
+            Limits(weight_bits=4),
+            Limits(weight_bits=5),
+            Limits(size_share=0.25, activation_bits=8),
+            Limits(bops_share=0.04),
+        ]
+    ),
+    st.booleans(),
+)
+def test_never_worse_than_uniform_and_always_within_the_budget(seed, strength, limits, held):
+    network = Invented(seed, {("a", "c"): strength}, examples=40, sizes=SIZES[:4])
+    rng = np.random.default_rng(seed)
+    # An objective that knows nothing.
+    wild = Costs(
+        "wild",
+        "nats",
+        {
+            r.name: {p: 0.0 if p.is_float else rng.random() for p in options(r, (*FORMATS, "w4a4"))}
+            for r in network.table.layers
+        },
+    )
+    force = {"a": "w4a8"} if held else {}
+    found = refine(
+        network, limits, objective=wild, formats=(*FORMATS, "w4a4"), force=force, rounds=2
+    )
+    plans = [found.plan, *(r.plan for r in found.rounds), *(u.plan for u in found.uniforms)]
+    for plan in plans:
+        assert fits(network.table, plan.layers, limits)
+        assert not held or plan.layers["a"].format == "w4a8"
+    assert found.selection.mean == pytest.approx(network.mean(found.plan.layers))
+    for name in ("float", *FORMATS, "w4a4"):
+        plan = uniform(network.table, name, force=force)
+        if fits(network.table, plan.layers, limits):
+            assert found.selection.mean <= network.mean(plan.layers) + 1e-12
+            assert name in {u.format for u in found.uniforms}
+    assert found.uniform is None or found.uniform.selection.mean == min(
+        u.selection.mean for u in found.uniforms
+    )
+
+
+def test_steps_stay_in_the_trust_region_and_are_judged_by_others():
+    network, _ = worse_together(3)
+    found = refine(network, LIMITS, rounds=6, radius=3)
+    first, *rest = found.rounds
+    assert first.radius is None and first.is_improvement
+    best = first
+    for each in rest:
+        differ = sum(p != best.plan.layers[n] for n, p in each.plan.layers.items())
+        assert differ == each.changed <= each.radius
+        assert each.is_improvement == (each.cross_fitted.mean < best.cross_fitted.mean)
+        if each.is_improvement:
+            best = each
+    assert any(each.changed for each in rest)
+    assert found.estimate == best.cross_fitted or found.chosen is None
+
+
+def test_the_cost_is_an_attribution_and_a_pass_per_fold_for_every_round():
+    network = Invented(0)
+    found = refine(network, LIMITS, rounds=3)
+    assert network.attributions <= len(FORMATS) + len(found.rounds)
+    assert network.passes <= 3 * len(found.rounds) + 3
+
+
+def test_the_same_arguments_give_the_same_result():
+    first, second = (refine(Invented(5), LIMITS) for _ in range(2))
+    assert first.plan == second.plan
+    assert [r.cross_fitted for r in first.rounds] == [r.cross_fitted for r in second.rounds]
+
+
+def test_groups_share_a_format_in_every_plan():
+    network = Invented(1)
+    found = refine(network, Limits(weight_bits=6), groups=[["a", "b", "e"]])
+    for plan in (found.plan, *(r.plan for r in found.rounds), *(u.plan for u in found.uniforms)):
+        assert len({plan.layers[n].format for n in "abe"}) == 1
+
+
+def test_skipped_layers_stay_float_in_uniform_plans_too():
+    found = refine(Invented(1), Limits(size_share=0.5), skip=["b"], groups=[["b", "c"]])
+    for plan in (found.plan, *(u.plan for u in found.uniforms)):
+        assert plan.layers["b"].is_float and plan.layers["c"].is_float
+    assert {u.format for u in found.uniforms} == set(FORMATS)
+
+
+@pytest.mark.parametrize("folds", [2, 3])
+def test_a_cluster_is_on_one_side_of_every_fold(folds):
+    numbers = np.repeat(np.arange(30), np.arange(30) % 4 + 1)
+    whole, *sides = sides_of(numbers.size, folds, numbers, seed=0)
+    assert whole.all()
+    blind = ~np.array(sides)
+    assert (blind.sum(axis=0) == 1).all()
+    for side in blind:
+        assert not set(numbers[side]) & set(numbers[~side])
+    counts = blind.sum(axis=1)
+    assert counts.max() - counts.min() <= 4
+
+
+def test_clusters_of_copies_count_once():
+    network = Invented(2, examples=80)
+    plain = refine(network, LIMITS)
+    values = {
+        n: np.concatenate([getattr(network.scores, n)] * 4)
+        for n in ("activations", "weights", "loss", "gradient_sum", "gradient_square")
+    }
+    network.scores = dataclasses.replace(network.scores, **values)
+    network.float_loss = np.ones(320)
+    copied = refine(network, LIMITS, clusters=np.tile(np.arange(80), 4))
+    assert copied.plan.layers == plain.plan.layers
+    assert copied.selection.standard_error == pytest.approx(plain.selection.standard_error)
+    for one, other in zip(plain.rounds, copied.rounds, strict=True):
+        assert other.cross_fitted.mean == pytest.approx(one.cross_fitted.mean)
+
+
+def test_luck_of_the_first_order_chooses_nothing():
+    # Every layer costs the same; slopes differ on these examples alone.
+    network = Invented(0, sizes=(100,) * 6)
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=network.scores.weights.shape).astype(np.float32)
+    network.scores = dataclasses.replace(
+        network.scores, weights=values, activations=0 * network.scores.activations
+    )
+    found = refine(network, LIMITS)
+    one_shot = budget(network.scores, LIMITS, objective="signed", formats=FORMATS)
+    lucky = network.change(one_shot).mean()
+    # Choosing by the signed mean finds a gain that isn't there, cross-fitting knows it.
+    assert found.estimate.mean > lucky + 2 * found.estimate.standard_error
+
+
+@settings(max_examples=40, deadline=None)
+@given(models(), st.integers(0, 3), st.randoms())
+def test_the_programme_keeps_to_a_trust_region(model, radius, random):
+    table, costs = model
+    programme = programme_of(table, costs, Rules(), 60.0)
+    columns = np.array(
+        [random.choice(np.flatnonzero(programme.layer_of == i)) for i in range(len(table.layers))]
+    )
+    center = dataclasses.replace(programme.minimise({}), columns=columns)
+    found = programme.minimise({}, near=(center, radius))
+    assert (found.columns != columns).sum() <= radius
+    savings = [
+        costs_of[columns[i]] - costs_of[programme.layer_of == i].min()
+        for costs_of in [programme.costs]
+        for i in range(len(columns))
+    ]
+    expected = programme.costs[columns].sum() - sum(sorted(savings)[::-1][:radius])
+    assert programme.costs[found.columns].sum() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"rounds": -1}, PlanError, "rounds -1"),
+        ({"folds": 1}, PlanError, "folds 1"),
+        ({"radius": 0}, PlanError, "radius 0"),
+        ({"objective": "signed"}, PlanError, "not negative"),
+        ({"objective": "nonsense"}, PlanError, "objective 'nonsense'"),
+        ({"folds": 200}, PlanError, "200 examples for 200 folds"),
+        ({"clusters": [0, 1]}, StatisticsError, "one group per example"),
+        ({"clusters": np.arange(COUNT) % 3}, PlanError, "3 clusters for 2 folds"),
+        ({"formats": ("w9",)}, PlanError, "unknown format"),
+    ],
+)
+def test_bad_options_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        refine(Invented(), LIMITS, **settings)
+
+
+def test_a_budget_that_nothing_meets_says_what_would():
+    with pytest.raises(InfeasibleBudgetError, match="weight_bits") as caught:
+        refine(Invented(), Limits(weight_bits=3))
+    assert caught.value.reach["weight_bits"].alone == 4
+
+
+def test_scores_of_something_else_are_refused():
+    network, other = Invented(), Invented(examples=COUNT // 2)
+    with pytest.raises(PlanError, match="other examples"):
+        refined(network, other.scores, LIMITS)
+    network.simulator.graph.fingerprint = "another"
+    with pytest.raises(PlanError, match="another model"):
+        refine(network, LIMITS)
+    zero = Invented()
+    zero.scores = dataclasses.replace(
+        zero.scores, weights=0 * zero.scores.weights, activations=0 * zero.scores.activations
+    )
+    with pytest.raises(PlanError, match="0 for every option"):
+        refine(zero, LIMITS)
+
+
+def test_a_real_network():
+    apply, params, _ = nnx_mlp()
+    x = jax.random.normal(jax.random.key(0), (48, 6))
+    targets = jnp.linspace(-1, 1, 48)
+    graph = jr.trace(apply, params, x[:4])
+    ranges = jr.calibrate(graph, params, [x])
+    data = [(x[:24], targets[:24]), (x[24:], targets[24:])]
+    simulation = Simulator(graph, loss).on(params, ranges, data)
+    found = refined(
+        simulation,
+        jr.score(graph, params, data, loss, ranges),
+        Limits(weight_bits=5, bops_share=0.02),
+        rounds=2,
+    )
+    assert found.plan.policy["used"]["weight_bits"] <= 5
+    np.testing.assert_allclose(found.selection.mean, simulation.change(found.plan).mean())
+    assert {u.format for u in found.uniforms} == {"w4a4"}
+    assert found.selection.mean <= found.uniform.selection.mean
+    assert found.plan.policy["refinement"]["rounds"][0]["radius"] is None
+    assert LayerPlan() not in found.plan.layers.values()
