@@ -27,6 +27,7 @@ def get_config():
     config.data.calibration_splits = ("ranges", "selection")
     config.splits.ranges = 250
     config.splits.selection = 500
+    # A change as small as the margin takes some 400 photos to be told from none.
     config.splits.confirmation = 400
     config.splits.test = 100
     config.batch_size = 0
