@@ -31,8 +31,10 @@ from jaxrmils.evaluation import (
 )
 from jaxrmils.evaluation.metrics import TOP_1
 from jaxrmils.graph import TraceError, tabulate
+from jaxrmils.lowering import default_backend
+from jaxrmils.lowering.table import remarks
 from jaxrmils.numerics import CalibrationError, format_size
-from jaxrmils.policies import PlanError
+from jaxrmils.policies import FORMATS, PlanError
 from jaxrmils.progress import Progress, bars, silent
 from jaxrmils.sensitivity import ScoreError
 from jaxrmils.statistics import StatisticsError, noninferiority, verdict_words
@@ -135,6 +137,9 @@ def inspect(args: argparse.Namespace) -> Outcome:
     console.print(Text(task.name, style="bold"))
     console.print(coverage_table(graph, table))
     console.print(f"Parameters {format_size(table.float_bits)}")
+    notes = remarks(default_backend(), FORMATS)
+    for note in notes:
+        console.print(Text(f"Note       {note}"))
     return Outcome(
         {
             "task": task.name,
@@ -142,6 +147,7 @@ def inspect(args: argparse.Namespace) -> Outcome:
             "coverage": [asdict(entry) for entry in graph.coverage.entries],
             "summary": graph.coverage.summary(),
             "float_bits": table.float_bits,
+            "notes": list(notes),
         }
     )
 

@@ -18,6 +18,7 @@ from jaxrmils.evaluation.metrics import Metrics, metric_changes
 from jaxrmils.evaluation.simulate import EvaluationError, Measured, SimulatedModel
 from jaxrmils.graph import Coverage, Graph
 from jaxrmils.lowering import QuantizedModel, compiled_integer_sites
+from jaxrmils.lowering.table import remarks
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.policies import Plan, attribute, predict, predict_second_order
 from jaxrmils.progress import Progress, silent
@@ -420,10 +421,4 @@ def _notes(model: QuantizedModel, in_float: Sequence[str]) -> tuple[str, ...]:
             f"{' ...' if len(in_float) > 5 else ''}"
         )
     formats = {layer.format for layer in model.plan.layers.values()}
-    if model.backend == "cpu" and formats & {"w4a4", "w4a8", "w4"}:
-        notes.append(
-            "int4 weights are smaller but not faster on CPU: every call unpacks them to int8"
-        )
-    if model.backend == "cpu" and formats & {"w8", "w4"}:
-        notes.append("weight-only formats save memory, not time: the operation stays float")
-    return tuple(notes)
+    return (*notes, *remarks(model.backend, formats))

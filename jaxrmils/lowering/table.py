@@ -12,6 +12,7 @@ CPU. CUDA and TPU: what their compilers made of it, without a device.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -230,6 +231,22 @@ def row_of(backend: str, operation: str, format_: str) -> Row:
         if (row.backend, row.operation) == (backend, operation) and format_ in row.formats:
             return row
     raise KeyError(f"no formulation of {operation!r} in {format_!r} on {backend!r}")
+
+
+def remarks(backend: str, formats: Iterable[str]) -> tuple[str, ...]:
+    """What formats do not do well on a backend, for people who choose among them.
+
+    >>> remarks("tpu", ("w8a8", "w4a8"))
+    ()
+    """
+    used, found = set(formats), []
+    if backend == "cpu" and used & {"w4a4", "w4a8", "w4"}:
+        found.append(
+            "int4 weights are smaller but not faster on CPU: every call unpacks them to int8"
+        )
+    if backend == "cpu" and used & set(WEIGHTS):
+        found.append("weight-only formats save memory, not time: the operation stays float")
+    return tuple(found)
 
 
 def dot_operation(rows: Any, columns: Any, batch_dims: int) -> Operation:
