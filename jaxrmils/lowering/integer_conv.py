@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -24,7 +25,7 @@ from jaxrmils.lowering.integer_dot import (
     kernel_operands,
     scalar_zero_point,
 )
-from jaxrmils.lowering.table import conv_operation, row_of
+from jaxrmils.lowering.table import Formulation, conv_operation, row_of
 
 
 def conv_int32(
@@ -103,41 +104,48 @@ def conv_int32(
         padding, lhs_dilation = ((0, 0),) * len(padding), (1,) * len(padding)
         sums = _kernel_sum(rhs, dimension_numbers) if kernel_sum is None else kernel_sum
         correction = zero_point * _to_output_features(sums, output_features, dimension_numbers)
-    channels = lhs.shape[dimension_numbers.lhs_spec[1]]
     operation = conv_operation(
-        channels,
+        lhs.shape[dimension_numbers.lhs_spec[1]],
         output_features,
         feature_group_count,
         batch_groups=batch_group_count,
         dilated=any(d > 1 for d in rhs_dilation),
     )
     formulation = row_of(backend, operation, f"w{rhs_bits}a{lhs_bits}").formulation
-    if formulation in ("shifted products", "s8 conv, pixels as channels"):
-        lhs = _pad(lhs, jnp.int8(0), padding, lhs_dilation, dimension_numbers)
-    if formulation == "shifted products":
-        out = _depthwise(lhs, rhs, window_strides, rhs_dilation, dimension_numbers)
-    elif formulation == "s8 conv, pixels as channels":
-        out = few_channels_conv(lhs, rhs, window_strides, dimension_numbers)
-    else:
-        if formulation == "s8 conv, block-diagonal":
-            rhs = _block_diagonal(rhs, feature_group_count, dimension_numbers)
-            feature_group_count = 1
-        out = lax.conv_general_dilated(
-            lhs,
-            rhs,
-            window_strides=window_strides,
-            padding=padding,
-            lhs_dilation=lhs_dilation,
-            rhs_dilation=rhs_dilation,
-            dimension_numbers=dimension_numbers,
-            feature_group_count=feature_group_count,
-            batch_group_count=batch_group_count,
-            preferred_element_type=jnp.int32,
-        )
+    out = _formulated(
+        lhs,
+        rhs,
+        formulation,
+        window_strides=window_strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        batch_group_count=batch_group_count,
+    )
     if formulation == "s8 conv in float32":
         out = out.astype(jnp.float32)
         correction = None if correction is None else correction.astype(jnp.float32)
     return out if correction is None else out - correction
+
+
+def _formulated(lhs: Array, rhs: Array, formulation: Formulation, **conv: Any) -> Array:
+    """The int32 convolution in one of the ways of `table.py`.
+
+    `conv` has the arguments of `lax.conv_general_dilated`.
+    """
+    numbers, strides = conv["dimension_numbers"], conv["window_strides"]
+    if formulation in ("shifted products", "s8 conv, pixels as channels"):
+        lhs = _pad(lhs, jnp.int8(0), conv["padding"], conv["lhs_dilation"], numbers)
+    if formulation == "shifted products":
+        return _depthwise(lhs, rhs, strides, conv["rhs_dilation"], numbers)
+    if formulation == "s8 conv, pixels as channels":
+        return few_channels_conv(lhs, rhs, strides, numbers)
+    if formulation == "s8 conv, block-diagonal":
+        rhs = _block_diagonal(rhs, conv["feature_group_count"], numbers)
+        conv = {**conv, "feature_group_count": 1}
+    return lax.conv_general_dilated(lhs, rhs, **conv, preferred_element_type=jnp.int32)
 
 
 def kernel_sum(
