@@ -2,11 +2,13 @@
 #
 #   make demo ARGS="--help"        arguments for the command that is run
 #   make test PYTHON=python3.12    a chosen interpreter (make clean first, to replace .venv)
+#   make test JOBS=8               tests side by side: each takes up to 4 GB
 
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 PYTHON ?=
+JOBS ?= 2
 CANDIDATES := python3.13 python3.12 python3.11 python3
 
 # Run, not looked up: a version manager's shim may be on PATH and still fail to start.
@@ -31,7 +33,7 @@ demo: $(VENV)/.installed-demo ## Train a small model, quantize it, report
 	@$(BIN)/jaxrmils demo $(ARGS)
 
 test: $(VENV)/.installed-test ## Run the tests and the docstring examples
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and types
 	@$(BIN)/ruff check .

@@ -89,11 +89,11 @@ class Refined:
     """The result of `refined`.
 
     Attributes:
-      plan: the plan: no worse on the selection examples than any of `uniforms`.
+      plan: the plan: on the selection examples no worse, beyond chance, than any of `uniforms`.
       selection: its measured joint change on the selection examples: no evidence, since they chose
         it.
       estimate: its cross-fitted change; for a uniform plan, its `estimate`.
-      chosen: the plan's index in `rounds`; None where a uniform plan was better.
+      chosen: the plan's index in `rounds`; None where a uniform plan was taken.
       rounds: what was tried, in order.
       uniforms: every uniform plan within the budget.
     """
@@ -247,18 +247,28 @@ class _Writer:
     clusters: Any
 
     def result(self, steps: Sequence[Step]) -> Refined:
-        """The plan with the best estimate of those that no uniform plan beats."""
+        """Of the plans that no uniform plan beats beyond chance, the one whose estimate has the
+        lowest upper end: with few examples, a plan whose noise is large is often lucky.
+        """
         rounds = tuple(self._round(step) for step in steps)
         uniforms = tuple(
             self._uniform(name, at, steps[-1].beliefs)
             for name, at in self.search.uniforms().items()
         )
-        bound = min((u.selection.mean for u in uniforms), default=math.inf)
-        # Of equal estimates a round's counts, and the earliest.
-        found = [(r.cross_fitted.mean, 0, i) for i, r in enumerate(rounds)]
-        found += [(u.estimate.mean, 1, i) for i, u in enumerate(uniforms)]
+        naive = [self.search.change(at) for at in self.search.uniforms().values()]
+        # Of equal bounds a round's counts, and the earliest.
+        found = [
+            (r.cross_fitted.upper, 0, i)
+            for i, (r, step) in enumerate(zip(rounds, steps, strict=True))
+            if self._unbeaten(step.change, naive)
+        ]
+        found += [
+            (u.estimate.upper, 1, i)
+            for i, u in enumerate(uniforms)
+            if self._unbeaten(naive[i], naive)
+        ]
         plans = (rounds, uniforms)
-        _, kind, index = min(f for f in found if plans[f[1]][f[2]].selection.mean <= bound)
+        _, kind, index = min(found)
         chosen = None if kind else index
         best = plans[kind][index]
         estimate = best.cross_fitted if isinstance(best, Round) else best.estimate
@@ -271,6 +281,10 @@ class _Writer:
         }
         plan = replace(best.plan, policy={**best.plan.policy, "refinement": record})
         return Refined(plan, best.selection, estimate, chosen, rounds, uniforms)
+
+    def _unbeaten(self, change: np.ndarray, naive: Sequence[np.ndarray]) -> bool:
+        """Is a plan with these changes not worse, beyond chance, than any of the naive ones?"""
+        return all(self._interval(change - other).lower <= 0 for other in naive)
 
     def _round(self, step: Step) -> Round:
         return Round(
