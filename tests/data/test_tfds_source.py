@@ -8,8 +8,9 @@ import pytest
 from handwritten.handwritten_dataset_builder import WRITERS, Handwritten, record
 from image_files import image_config, write_checkpoint
 
+from jaxrmils.cli.defaults import base_config
 from jaxrmils.data import DataError, load_mnist5k, load_tfds, resize_and_crop
-from jaxrmils.zoo import image_task, reference
+from jaxrmils.zoo import image_task, mnist_cnn_task, reference
 
 COUNT = 240
 
@@ -48,6 +49,19 @@ def test_every_example_comes_back(folder, digits):
     assert pictures.dtype == np.uint8
     np.testing.assert_array_equal(pictures, data.inputs)
     assert "tensorflow" not in sys.modules
+
+
+def test_the_digits_task_reads_them(folder, digits):
+    config = base_config()
+    config.data.name, config.data.split = "handwritten", "test"
+    config.data.data_dir = str(folder)
+    config.train.examples = 100
+    config.splits.update(ranges=20, selection=40, confirmation=40, test=40)
+    task = mnist_cnn_task(config)
+    assert task.name == f"MnistCNN on MNIST ({COUNT} images)"
+    assert task.dataset.inputs.dtype == np.float32
+    assert task.dataset.inputs.max() == 1.0
+    assert np.bincount(task.dataset.targets).tolist() == np.bincount(digits.targets).tolist()
 
 
 def test_the_order_is_always_the_same(folder):

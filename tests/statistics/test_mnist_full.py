@@ -20,7 +20,7 @@ def csv(rows, header="label"):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    monkeypatch.setattr(mnist_full, "FILES", COUNTS)
+    monkeypatch.setattr(mnist_full, "COUNT", sum(COUNTS.values()))
     tables = [table(count, seed) for seed, count in enumerate(COUNTS.values())]
     return tmp_path, dict(zip(COUNTS, tables, strict=True))
 
@@ -58,9 +58,6 @@ def test_says_what_is_missing_or_wrong(small):
         mnist_full.load(folder)
     name = "mnist_train.csv"
     write_wheel(folder, {**tables, name: tables[name][:2]})
-    with pytest.raises(DataError, match=r"holds \(2, 785\); expected \(3, 785\)"):
+    with pytest.raises(DataError, match="holds 4 images; expected 5"):
         mnist_full.load(folder)
-    for name, rows in tables.items():
-        (folder / name).write_text(csv(rows, header="digit"))
-    with pytest.raises(DataError, match="starts with 'digit'"):
-        mnist_full.load(folder)
+    assert not list(folder.glob("*.npz"))
