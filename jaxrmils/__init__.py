@@ -5,11 +5,13 @@ The stages, in the order in which data flows: `trace`, `calibrate`, `score`, a p
 `attribute`. For your own jitted step: `contributions` and `assign`.
 """
 
+from jaxrmils.artifacts import load_costs as load_costs
 from jaxrmils.artifacts import load_latency as load_latency
 from jaxrmils.artifacts import load_model as load_model
 from jaxrmils.artifacts import load_plan as load_plan
 from jaxrmils.artifacts import load_ranges as load_ranges
 from jaxrmils.artifacts import load_scores as load_scores
+from jaxrmils.artifacts import save_costs as save_costs
 from jaxrmils.artifacts import save_latency as save_latency
 from jaxrmils.artifacts import save_model as save_model
 from jaxrmils.artifacts import save_plan as save_plan

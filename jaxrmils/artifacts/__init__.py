@@ -1,5 +1,7 @@
 """Stage 7: plans, ranges, scores and quantized models on disk."""
 
+from jaxrmils.artifacts.costs_file import load_costs as load_costs
+from jaxrmils.artifacts.costs_file import save_costs as save_costs
 from jaxrmils.artifacts.description import describe as describe
 from jaxrmils.artifacts.errors import ArtifactError as ArtifactError
 from jaxrmils.artifacts.folder import versions as versions

@@ -79,7 +79,7 @@ def plan_bytes(plan: Plan, path: PathLike) -> bytes:
         "format_version": FORMAT_VERSION,
         "fingerprint": plan.fingerprint,
         "policy": policy,
-        "layers": {name: _layer_document(layer) for name, layer in plan.layers.items()},
+        "layers": {name: layer_document(layer) for name, layer in plan.layers.items()},
     }
     _plan(document, Path(path))
     return dump_json(document, depth=2)
@@ -92,7 +92,8 @@ def parse_plan(data: bytes, path: Path) -> Plan:
     return _plan(document, path)
 
 
-def _layer_document(layer: LayerPlan) -> dict[str, Any]:
+def layer_document(layer: LayerPlan) -> dict[str, Any]:
+    """A layer's entry as JSON values."""
     return {
         "format": layer.format,
         "weight_bits": layer.weight_bits,
@@ -110,12 +111,14 @@ def _plan(document: Mapping[str, Any], path: Path) -> Plan:
                 f"{path}: {key} is {document[key]!r}; a {kind.__name__} was expected"
             )
     layers = {
-        name: _layer(layer, f"{path}: layer {name!r}") for name, layer in document["layers"].items()
+        name: parse_layer(layer, f"{path}: layer {name!r}")
+        for name, layer in document["layers"].items()
     }
     return Plan(layers, document["fingerprint"], document["policy"])
 
 
-def _layer(document: Any, where: str) -> LayerPlan:
+def parse_layer(document: Any, where: str) -> LayerPlan:
+    """A layer from its entry; ArtifactError, which begins with `where`, if it can be none."""
     if not isinstance(document, dict):
         raise ArtifactError(f"{where} is {document!r}; an object was expected")
     _check_keys(document, _LAYER_KEYS, ("format",), where)

@@ -1,4 +1,4 @@
-"""`jaxrmils pareto` and `jaxrmils recommend`: what budgets cost, and which to take."""
+"""`jaxrmils pareto`: what budgets cost."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from jaxrmils.artifacts.folder import read_manifest
 from jaxrmils.artifacts.latency_file import load_latency
 from jaxrmils.artifacts.pareto_file import (
     FOLDER,
-    PAGE,
-    load_pareto,
     pareto_document,
     save_pareto,
     sources,
@@ -29,6 +27,7 @@ from jaxrmils.cli.budget_printing import pareto_table, picks_document, print_pic
 from jaxrmils.cli.checks import BUDGET_OBJECTIVES, budget_settings, check_choice, limits_of
 from jaxrmils.cli.commands import Outcome, console_of
 from jaxrmils.cli.config import ConfigError, apply_overrides
+from jaxrmils.cli.costs import costs_path, measured, save_run_costs, saved_costs
 from jaxrmils.cli.defaults import base_config
 from jaxrmils.data import DataError, Task
 from jaxrmils.evaluation import SimulatedModel
@@ -44,7 +43,8 @@ from jaxrmils.evaluation.pareto_report import (
     predicted_points,
     uniform_plans,
 )
-from jaxrmils.policies import Limits, Plan, PlanError, pareto, usage
+from jaxrmils.graph import Graph
+from jaxrmils.policies import MEASURED_COSTS, Limits, Plan, PlanError, pareto, usage
 from jaxrmils.policies.budget import problem
 from jaxrmils.policies.budget.policy import Settings
 from jaxrmils.policies.budget.solve import infeasible
@@ -59,11 +59,14 @@ def pareto_arguments(parser: argparse.ArgumentParser) -> None:
     """Solves many budgets from a saved run's scores, measures their plans, the uniform ones and the
     run's own on the confirmation split, and writes RUN/pareto/: pareto.html (loss and accuracy
     against size and against latency or bit operations), pareto.csv, pareto.json, and every plan as
-    a file that `jaxrmils.load_plan` reads. Solving needs neither the model nor the data.
+    a file that `jaxrmils.load_plan` reads. Solving needs neither the model nor the data; an
+    objective that the scores do not hold (squared_output, fisher, hessian_trace, sqnr, measured)
+    takes a pass over the selection split, once: its costs are kept in RUN/costs/.
 
       jaxrmils pareto runs/mnist                                  10 budgets of size
       jaxrmils pareto runs/mnist --along weight_bits --values 4,5,6,8
       jaxrmils pareto runs/mnist --no-verify                      predictions, in a moment
+      jaxrmils pareto runs/mnist --objective squared_output       what is minimised
       jaxrmils pareto runs/mnist --config.policy.limits.activation_bits=8
 
     What the run's config says of the policy (formats, skip, force, groups, capabilities, limits
@@ -115,24 +118,6 @@ def pareto_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_pareto)
 
 
-def recommend_arguments(parser: argparse.ArgumentParser) -> None:
-    """Picks three plans from RUN/pareto/, with a sentence each on why: quality, the smallest plan
-    shown to be as good as float; compact, the smallest shown to be within a tolerance; and balanced
-    between the two. "Shown" means that the upper end of the interval is within the bound.
-
-      jaxrmils recommend runs/mnist
-      jaxrmils recommend runs/mnist --margin 0.01 --tolerance 0.05
-    """
-    parser.add_argument("run_folder", metavar="RUN", help="a folder with a sweep by pareto")
-    parser.add_argument(
-        "--margin", type=float, help="a loss change that counts as none (default: the run's)"
-    )
-    parser.add_argument(
-        "--tolerance", type=float, help="a loss change that is accepted (default: four margins)"
-    )
-    parser.set_defaults(run=run_recommend)
-
-
 @dataclass(frozen=True)
 class _Run:
     """A saved run as a sweep reads it.
@@ -158,7 +143,8 @@ def run_pareto(args: argparse.Namespace) -> Outcome:
     """A sweep of budgets from a saved run."""
     _check(args)
     run = _load(args)
-    task = _task(args) if args.verify else None
+    network = _network(args, run) if args.verify else None
+    run = _with_costs(args, run, network)
     start = time.perf_counter()
     budgets = _budgets(args, run)
     solved = pareto(run.scores, budgets, **run.settings)
@@ -171,8 +157,8 @@ def run_pareto(args: argparse.Namespace) -> Outcome:
         clusters=run.settings.get("clusters"),
     )
     held_out = None
-    if task is not None:
-        held_out, points = _measured(args, run, task, found, points)
+    if network is not None:
+        held_out, points = _measured(args, run, network, found, points)
     report = _report(args, run, len(budgets), points, held_out)
     written = save_pareto(report, {c.name: c.plan for c in found}, run.folder.path)
     console = console_of(args)
@@ -186,27 +172,6 @@ def run_pareto(args: argparse.Namespace) -> Outcome:
     return Outcome({**data, **pareto_document(report), "picks": picks_document(report.picks())})
 
 
-def run_recommend(args: argparse.Namespace) -> Outcome:
-    """Three picks from a saved sweep."""
-    if args.overrides:
-        raise ConfigError(
-            f"recommend reads a saved sweep and takes no config fields; found {args.overrides[0]!r}"
-        )
-    folder = Path(args.run_folder)
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise artifacts.ArtifactError(f"{folder} {found}; the folder of a run was expected")
-    report = load_pareto(folder)
-    picks = report.picks(args.margin, args.tolerance)
-    console = console_of(args)
-    print_picks(report, picks, folder, console)
-    for note in statements(report):
-        console.print(Text(f"Note       {note}"))
-    page = folder / FOLDER / PAGE
-    console.print(Text(f"Page       {page}"))
-    return Outcome({"run": str(folder), "picks": picks_document(picks, folder), "page": str(page)})
-
-
 def _check(args: argparse.Namespace) -> None:
     """ConfigError for arguments that can't be right, before anything is read."""
     check_choice("--along", args.along, USES)
@@ -214,6 +179,11 @@ def _check(args: argparse.Namespace) -> None:
         check_choice("--objective", args.objective, BUDGET_OBJECTIVES)
     if args.count < 1:
         raise ConfigError(f"--count is {args.count}; expected 1 or more")
+    if any(text.startswith(f"{_POLICY}refine") for text in args.overrides):
+        raise ConfigError(
+            "pareto solves budgets without refinement; have one refined with `jaxrmils quantize "
+            "--config.policy.refine=True` and its limits"
+        )
     rest = [text for text in args.overrides if not text.startswith(_POLICY)]
     if rest and not args.verify:
         raise ConfigError(
@@ -294,6 +264,56 @@ def _task(args: argparse.Namespace) -> tuple[Any, Task]:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Network:
+    """The run's model and data, its config with the batch size."""
+
+    config: Any
+    task: Task
+    graph: Graph
+    params: Any
+
+
+def _network(args: argparse.Namespace, run: _Run) -> _Network:
+    config, task = _task(args)
+    graph = pipeline.trace_task(task)
+    if graph.fingerprint != run.scores.table.fingerprint:
+        raise PlanError(
+            f"the task's model is another one than {run.folder.path} was made from (fingerprints "
+            f"{graph.fingerprint[:12]} and {run.scores.table.fingerprint[:12]}); quantize again, "
+            "or give --no-verify"
+        )
+    config = pipeline.with_batch_size(config, graph, task)
+    return _Network(config, task, graph, task.load_params())
+
+
+def _with_costs(args: argparse.Namespace, run: _Run, network: _Network | None) -> _Run:
+    """The run with the costs of an objective that the scores do not hold, made where need be."""
+    name, path = run.policy.objective, run.folder.path
+    if name not in MEASURED_COSTS:
+        return run
+    costs = saved_costs(run.policy, path)
+    if costs is None and network is None:
+        raise artifacts.ArtifactError(
+            f"{costs_path(path, name)} holds no costs of these scores and formats, and making them "
+            "needs the model; leave out --no-verify"
+        )
+    if costs is None:
+        assert network is not None
+        task, size = network.task, network.config.batch_size
+        costs = measured(
+            run.policy,
+            network.graph,
+            network.params,
+            pipeline.batches(task.split("selection"), size),
+            task.loss,
+            run.scores.ranges,
+            silent if args.quiet else bars,
+        )
+        save_run_costs(costs, run.policy, path)
+    return replace(run, settings={**run.settings, "objective": costs})
+
+
 def _budgets(args: argparse.Namespace, run: _Run) -> list[Limits]:
     """The limits of every budget; those of the config that are not varied hold for all."""
     kept = limits_of(run.policy).given()
@@ -343,22 +363,14 @@ def _uniforms(run: _Run) -> dict[str, Plan]:
 def _measured(
     args: argparse.Namespace,
     run: _Run,
-    configured: tuple[Any, Task],
+    network: _Network,
     found: Sequence[Contender],
     points: Sequence[PlanPoint],
 ) -> tuple[HeldOut, tuple[PlanPoint, ...]]:
     """Every plan on the confirmation split, which chose none of the sweep's."""
-    config, task = configured
-    graph = pipeline.trace_task(task)
-    if graph.fingerprint != run.scores.table.fingerprint:
-        raise PlanError(
-            f"the task's model is another one than {run.folder.path} was made from (fingerprints "
-            f"{graph.fingerprint[:12]} and {run.scores.table.fingerprint[:12]}); quantize again, "
-            "or give --no-verify"
-        )
-    config = pipeline.with_batch_size(config, graph, task)
+    config, task = network.config, network.task
     split = task.split("confirmation")
-    simulation = SimulatedModel(graph, task.load_params(), run.scores.ranges, task.loss)
+    simulation = SimulatedModel(network.graph, network.params, run.scores.ranges, task.loss)
     return measured_points(
         found,
         points,
@@ -385,6 +397,10 @@ def _report(
         notes.append(
             "The run's own plan was chosen by tests on the confirmation split, so that its change "
             "here is too kind."
+        )
+    if run.plan.policy.get("refinement"):
+        notes.append(
+            "The run's own plan was refined by measuring; the plans of the budgets were not."
         )
     names = ("formats", "rounding", "skip", "force", "groups", "capabilities")
     settings = {name: policy[name] for name in names if policy[name]}

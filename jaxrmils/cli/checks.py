@@ -14,6 +14,7 @@ from jaxrmils.lowering import BACKENDS
 from jaxrmils.numerics import ESTIMATORS
 from jaxrmils.policies import (
     CAPABILITIES,
+    MEASURED_COSTS,
     NORMALIZATIONS,
     OBJECTIVES,
     POLICIES,
@@ -34,8 +35,16 @@ from jaxrmils.sensitivity import LABEL_FREE
 
 WIDTHS = ("int8", "int4", "float")
 LOSSES = ("task", *LABEL_FREE)
-BUDGET_OBJECTIVES = (*OBJECTIVES, JOINT)
+BUDGET_OBJECTIVES = (*OBJECTIVES, JOINT, *MEASURED_COSTS)
+WITHOUT_LABELS = ("hessian_trace", "sqnr", "measured")
+"""Objectives that are not zero for a loss against the float model's own outputs."""
+REFINABLE = ("squared", "squared_output", "fisher", "hessian_trace", "sqnr")
+"""Objectives that are never negative, from which a refinement can start."""
 BUDGET_ROUNDINGS = ("nearest", "directed")
+RULES = ("formats", "skip", "force", "groups", "capabilities", "latency")
+"""The budget's settings that have nothing to do with costs."""
+ROUNDS = 4
+"""Of a refinement that is asked for without a number."""
 
 
 def check_config(config: Any, graph: Graph) -> None:
@@ -69,12 +78,8 @@ def check_config(config: Any, graph: Graph) -> None:
             f"batch_size {config.batch_size}, verify.margin {config.verify.margin} and "
             f"verify.alpha {config.verify.alpha}: expected >= 0, >= 0, and between 0 and 0.5"
         )
-    if config.loss != "task" and policy.name in ("rmils", "budget"):
-        raise ConfigError(
-            f"config field loss is {config.loss!r}, whose tangent is zero at the float model, so "
-            f"{policy.name} has nothing to go by; use policy.name 'lossless', which runs on the "
-            "secant"
-        )
+    if config.loss != "task":
+        _check_without_labels(config)
     if config.loss == "squared" and not config.verify.margin:
         raise ConfigError(
             "config field loss is 'squared', a distance that is 0 for the float model, so there is "
@@ -87,6 +92,11 @@ def check_config(config: Any, graph: Graph) -> None:
         parse_format(name)
     if policy.name == "budget":
         _check_budget(policy, table)
+    elif refinement_rounds(policy):
+        raise ConfigError(
+            f"config field policy.refine is {policy.refine}, but policy.name is {policy.name!r}; "
+            "only a budget is refined"
+        )
     if policy.name == "file":
         check_plan(plan_of_file(policy), table)
 
@@ -110,6 +120,12 @@ def check_choice(what: str, value: Any, allowed: Sequence[str]) -> None:
 def _check_budget(policy: Any, table: ModelTable) -> None:
     """Solves the budget with costs of 0: whether there is a plan does not depend on the scores."""
     limits, settings = limits_of(policy), budget_settings(policy)
+    if refinement_rounds(policy):
+        check_choice(
+            "policy.refine starts from costs that are never negative, but policy.objective",
+            policy.objective,
+            REFINABLE,
+        )
     if not limits.given():
         raise ConfigError(
             "config field policy.name is 'budget', but nothing is limited; set one or more of "
@@ -121,9 +137,39 @@ def _check_budget(policy: Any, table: ModelTable) -> None:
         | {nearest_layer(table, name, parse_format(each)): 0.0 for each in names}
         for name in table.layer
     }
-    names_of_rules = ("formats", "skip", "force", "groups", "capabilities", "latency")
-    rules: dict[str, Any] = {n: value for n, value in settings.items() if n in names_of_rules}
+    rules: dict[str, Any] = {n: value for n, value in settings.items() if n in RULES}
     solve(table, Costs("none", "nats", plans), limits, **rules)
+
+
+def _check_without_labels(config: Any) -> None:
+    """ConfigError for policies that go by a tangent, which is zero without labels."""
+    policy, reason = config.policy, "whose tangent is zero at the float model"
+    if policy.name == "rmils" or (
+        policy.name == "budget" and policy.objective not in WITHOUT_LABELS
+    ):
+        budget = f", or policy.name 'budget' with policy.objective {', '.join(WITHOUT_LABELS)}"
+        raise ConfigError(
+            f"config field loss is {config.loss!r}, {reason}, so {policy.name} has nothing to go "
+            f"by; use policy.name 'lossless', which runs on the secant{budget}"
+        )
+    if policy.name == "budget" and refinement_rounds(policy):
+        raise ConfigError(
+            f"config field loss is {config.loss!r}, {reason}, so a refinement has no scores to "
+            "start from; leave out policy.refine"
+        )
+
+
+def refinement_rounds(policy: Any) -> int:
+    """Rounds of refinement: `policy.refine`, of which True means the usual number.
+
+    Raises:
+      ConfigError: less than 0.
+    """
+    if policy.refine < 0:
+        raise ConfigError(
+            f"config field policy.refine is {policy.refine}; expected rounds, 0 for none"
+        )
+    return ROUNDS if policy.refine is True else int(policy.refine)
 
 
 def limits_of(policy: Any) -> Limits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -97,11 +98,27 @@ def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
     print_saved(artifacts.load_run(args.out).report, console, mu_title=_mu_title(result))
     if result.plan.is_float:
         console.print(Text(_nothing_passed(config, result)))
+    if "refinement" in result.plan.policy:
+        console.print(Text(f"Refined    {_refinement_words(result.plan.policy['refinement'])}"))
     if not config.batch_size:
         console.print(Text(f"Batches    {result.batch_size} examples, which fit into memory"))
     console.print(Text(f"Files      {args.out}: {', '.join(written)}"))
     data = {"out": str(args.out), "files": written, **pipeline.report_dict(result)}
     return Outcome(data, result.report.test.passed and not result.plan.is_float)
+
+
+def _refinement_words(record: Mapping[str, Any]) -> str:
+    """What the rounds of a refinement did, on the data that chose the plan."""
+    rounds, uniform = record["rounds"], record["uniform"]
+    count = len(rounds) - 1
+    words = (
+        f"{count} round{'s' * (count != 1)} took the selection split's loss change from "
+        f"{rounds[0]['selection']:+.5f} to {record['selection']:+.5f}"
+    )
+    if not uniform:
+        return words
+    best = min(uniform, key=lambda name: uniform[name])
+    return f"{words} (uniform {best}: {uniform[best]:+.5f})"
 
 
 def _nothing_passed(config: Any, result: pipeline.Result) -> str:

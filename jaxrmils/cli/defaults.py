@@ -94,7 +94,10 @@ def base_config() -> Any:
     config.policy.limits.bops_share = 0.0  # the same as a share of 32 x 32 bits
     config.policy.limits.latency = 0.0  # seconds; needs latency_table
     config.policy.latency_table = ""  # budget: what `jaxrmils profile` wrote
-    config.policy.objective = "squared"  # budget: or signed, upper_bound, joint_upper_bound
+    # budget: squared, signed, upper_bound, joint_upper_bound, from the scores; or from a pass of
+    # its own squared_output, fisher, hessian_trace, sqnr, measured (docs/objectives.md).
+    config.policy.objective = "squared"
+    config.policy.refine = 0  # budget: rounds of refinement by the secant; True for 4
     config.policy.rounding = "nearest"  # budget: or directed
     config.policy.groups = ()  # budget: globs whose layers share a format, ("a/*", "b/*"), "qkv"
     config.policy.capabilities = ""  # budget: formats that gain something on cpu, cuda or tpu

@@ -18,6 +18,7 @@ from jaxrmils.cli import (
     commands,
     export_command,
     profile_command,
+    recommend_command,
     reporting,
 )
 from jaxrmils.cli.config import ConfigError
@@ -73,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
             "solve and measure many budgets from a run's scores",
             budget_command.pareto_arguments,
         ),
-        ("recommend", "pick three plans of those, and say why", budget_command.recommend_arguments),
+        ("recommend", "pick three plans of those, and say why", recommend_command.arguments),
         ("export", "write a saved model as programs for jax alone", export_command.arguments),
         ("profile", "time every layer in every format on this machine", profile_command.arguments),
         ("aot", "compile a plan for a device that is not here", aot_command.arguments),
@@ -133,6 +134,9 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
       jaxrmils quantize --config configs/mnist_cnn.py --config.policy.mu=0.01 --out runs/mnist
       jaxrmils quantize --config configs/mnist_cnn.py --out runs/budget \\
         --config.policy.name=budget --config.policy.limits.size_share=0.2
+      jaxrmils quantize --config configs/mnist_cnn.py --out runs/refined \\
+        --config.policy.name=budget --config.policy.limits.size_share=0.2 \\
+        --config.policy.objective=squared_output --config.policy.refine=True
       jaxrmils quantize --config configs/cifar_resnet20.py --out runs/cifar \\
         --config.data.files=test.zip --config.model.weights=resnet20.safetensors
 

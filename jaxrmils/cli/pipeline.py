@@ -15,14 +15,13 @@ import numpy as np
 from jaxrmils import artifacts
 from jaxrmils.artifacts.report_files import REPORT_KIND, RUN_KIND, SPREADSHEETS
 from jaxrmils.cli.checks import (
-    budget_settings,
     check_config,
     forced,
-    limits_of,
     plan_of_file,
     search_of,
 )
 from jaxrmils.cli.config import ConfigError, resolve_function
+from jaxrmils.cli.costs import budget_plan, measured, save_run_costs
 from jaxrmils.data import Batches, DataError, Dataset, Splits, Task, check_disjoint
 from jaxrmils.data.splits import SPLIT_NAMES
 from jaxrmils.evaluation import Metrics, Report, verify
@@ -30,9 +29,10 @@ from jaxrmils.graph import Graph, tabulate, trace
 from jaxrmils.lowering import QuantizedModel, quantize
 from jaxrmils.numerics import Ranges, calibrate
 from jaxrmils.policies import (
+    MEASURED_COSTS,
+    Costs,
     Lossless,
     Plan,
-    budget,
     lossless,
     mu_values,
     rmils,
@@ -66,6 +66,7 @@ class Result:
 
     Attributes:
       task, graph, ranges, scores, plan, model: the stages' results; no scores without labels.
+      costs: of a budget's objective that needs a pass of its own; else None.
       params: the float parameters.
       report: predicted against measured, the controls and the verdict.
       mu: for the rmils policy, every layer's mu at 8 and 4 bits; else empty.
@@ -77,6 +78,7 @@ class Result:
     params: Any
     ranges: Ranges
     scores: Scores | None
+    costs: Costs | None
     plan: Plan
     model: QuantizedModel
     report: Report
@@ -150,6 +152,7 @@ def make_plan(
     task: Task,
     ranges: Ranges,
     scores: Scores | None,
+    costs: Costs | None = None,
     second_order: Curvature | None = None,
     progress: Progress = silent,
 ) -> tuple[Plan, Lossless | None]:
@@ -186,11 +189,12 @@ def make_plan(
             progress=progress,
         )
         return found.plan, found
-    assert scores is not None
     if policy.name == "budget":
-        settings = budget_settings(policy)
-        settings["clusters"] = task.split("selection").groups
-        return budget(scores, limits_of(policy), **settings), None
+        selection = task.split("selection")
+        data = batches(selection, config.batch_size)
+        known = (graph, params, data, task.loss, ranges, scores, costs)
+        return budget_plan(config, *known, clusters=selection.groups, progress=progress), None
+    assert scores is not None
     plan = rmils(
         graph,
         scores,
@@ -288,13 +292,17 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
     )
     selection = batches(task.split("selection"), size)
     arguments = (graph, params, selection, task.loss, ranges)
-    scores = second_order = None
+    scores = costs = second_order = None
     if config.loss == "task":
         shift_probe = config.policy.name == "rmils" and config.policy.probe == "shift"
         scores = score(*arguments, shift_probe=shift_probe, progress=progress)
     if config.curvature:
         second_order = curvature(*arguments, seed=config.seed, progress=progress)
-    plan, search = make_plan(config, graph, params, task, ranges, scores, second_order, progress)
+    if config.policy.name == "budget" and config.policy.objective in MEASURED_COSTS:
+        costs = measured(config.policy, *arguments, progress)
+    plan, search = make_plan(
+        config, graph, params, task, ranges, scores, costs, second_order, progress
+    )
     model = quantize(graph, params, plan, ranges, backend=config.backend or None)
     report = _verified(
         config, graph, params, model, task, ranges, scores, second_order, search, progress
@@ -307,6 +315,7 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
         params=params,
         ranges=ranges,
         scores=scores,
+        costs=costs,
         plan=plan,
         model=model,
         report=report,
@@ -390,6 +399,8 @@ def save(result: Result, config: Any, path: str | Path | None, out: str | Path) 
     if result.scores is not None:
         artifacts.save_scores(result.scores, out / "scores", info=scores_info(result, config))
         written.append("scores")
+        if result.costs is not None:
+            written.append(save_run_costs(result.costs, config.policy, out))
     elif (out / "scores").is_dir():
         shutil.rmtree(out / "scores")  # of an earlier run with labels: they would not belong here
     artifacts.save_model(result.model, out / "model", info={"seed": config.seed})

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_task
 
 import jaxrmils as jr
 from jaxrmils.artifacts.latency_file import save_latency
 from jaxrmils.artifacts.pareto_file import load_pareto
+from jaxrmils.cli.defaults import base_config
 from jaxrmils.cli.main import BAD_INPUT, OK, USAGE, main
 from jaxrmils.policies import LatencyTable, usage
 
@@ -97,14 +99,16 @@ def test_the_budget_policy_is_recorded_with_its_limits(run):
     assert settings["limits"]["size_share"] == 0.35 and settings["limits"]["bops"] == 0
 
 
-def test_more_limits_groups_and_objectives_from_the_command_line(folder):
+def test_more_limits_groups_and_no_labels(folder):
     options = ["limits.weight_bits=8", "limits.activation_bits=8", "groups=Dense_*"]
-    options += ["objective=joint_upper_bound", "limits.size_share=0", "formats=w8a8"]
-    assert quantize(folder, "mixed", *(f"--config.policy.{each}" for each in options)) == OK
+    options += ["objective=sqnr", "limits.size_share=0", "formats=w8a8"]
+    arguments = (f"--config.policy.{each}" for each in options)
+    assert quantize(folder, "mixed", *arguments, "--config.loss=kl") == OK
     plan = jr.load_plan(folder / "mixed" / "plan.json")
     assert plan.policy["limits"] == {"weight_bits": 8, "activation_bits": 8}
     assert plan.policy["groups"] == [["Dense_0/kernel", "Dense_1/kernel"]]
-    assert plan.policy["objective"] == "joint_upper_bound" and plan.counts() == {"w8a8": 2}
+    assert plan.policy["objective"] == "sqnr" and plan.counts() == {"w8a8": 2}
+    assert not (folder / "mixed" / "costs").exists()
 
 
 @pytest.mark.parametrize(
@@ -114,6 +118,10 @@ def test_more_limits_groups_and_objectives_from_the_command_line(folder):
         (["limits.size_share=0"], "nothing is limited; set one or more of policy.limits"),
         (["limits.size_shares=0.2"], "did you mean policy.limits.size_share"),
         (["limits.size_share=20"], "the limit size_share is 20"),
+        (["refine=-1"], "policy.refine is -1; expected rounds"),
+        (["refine=True", "objective=signed"], "expected one of 'squared', 'squared_output'"),
+        (["refine=True", "name=uniform"], "only a budget is refined"),
+        (["objective=squared_outputs"], "did you mean 'squared_output'?"),
         (["objective=squard"], "did you mean 'squared'? Expected one of 'signed'"),
         (["rounding=up"], "policy.rounding is 'up'; expected one of 'nearest', 'directed'"),
         (["capabilities=cuds"], "did you mean 'cuda'?"),
@@ -131,6 +139,52 @@ def test_what_is_wrong_with_a_budget_is_said_before_anything_runs(folder, capsys
 def test_a_budget_needs_a_tangent(folder, capsys):
     assert quantize(folder, "never", "--config.loss=kl") == USAGE
     assert "budget has nothing to go by" in said(capsys)
+    options = ["--config.loss=kl", "--config.policy.objective=sqnr", "--config.policy.refine=1"]
+    assert quantize(folder, "never", *options) == USAGE
+    assert "leave out policy.refine" in said(capsys)
+
+
+def test_costs_of_a_pass_are_made_once_and_refined(folder, tmp_path, capsys):
+    options = ["objective=sqnr", "refine=1", "force=Dense_1/*=w8a4"]
+    capsys.readouterr()
+    assert quantize(folder, "refined", *(f"--config.policy.{each}" for each in options)) == OK
+    assert "took the selection split's loss change from" in said(capsys)
+    out = folder / "refined"
+    plan, scores = jr.load_plan(out / "plan.json"), jr.load_scores(out / "scores")
+    record = plan.policy["refinement"]
+    rounds, chosen = record["rounds"], record["chosen"]
+    own = rounds[chosen]["selection"] if isinstance(chosen, int) else record["uniform"][chosen]
+    assert len(rounds) <= 2 and record["selection"] == own
+
+    task = tiny_task.build(base_config(), None)
+    graph = jr.trace(task.apply, task.params, task.dataset.inputs[:1])
+    data = task.split("selection").batches(50)
+    make = jr.MEASURED_COSTS["sqnr"]
+    formats = ("w8a8", "w4a8", "w4a4", "w8a4")
+    expected = make(graph, task.params, data, task.loss, scores.ranges, formats=formats)
+    costs = jr.load_costs(out / "costs" / "sqnr.json")
+    assert costs == expected
+    first = jr.budget(
+        scores, jr.Limits(size_share=0.35), objective=costs, force={"Dense_1/*": "w8a4"}
+    )
+
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    without = ["pareto", str(copy), "--no-verify", "--values", "0.35", "--json"]
+    assert main(without) == OK
+    data = json.loads(capsys.readouterr().out)
+    assert data["objective"] == "sqnr" and "were not" in data["notes"][0]
+    assert jr.load_plan(copy / "pareto" / data["points"][0]["file"]).layers == first.layers
+    more = ["--config.policy.formats=w8a8,w4"]
+    assert main([*without, *more]) == BAD_INPUT
+    assert "holds no costs of these scores and formats" in said(capsys)
+    assert main(["pareto", str(copy), "--values", "0.35", *more, "--quiet"]) == OK
+    assert main([*without, *more]) == OK
+    manifest = json.loads((copy / "scores" / "manifest.json").read_text())
+    manifest["info"]["seed"] = 1
+    (copy / "scores" / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert main(without) == BAD_INPUT
+    assert "holds no costs of these scores" in said(capsys)
 
 
 def test_a_sweep_measures_every_plan_on_the_confirmation_split(swept, capsys):
@@ -178,12 +232,12 @@ def test_a_sweep_without_the_model_says_that_nothing_was_measured(run, tmp_path,
     assert not (out / "pareto").exists()
     options = ["--no-verify", "--along", "weight_bits", "--values", "4,6,8", "--json"]
     kept = "--config.policy.limits.activation_bits=8"
-    assert main(["pareto", str(out), *options, kept, "--objective", "upper_bound"]) == OK
+    assert main(["pareto", str(out), *options, kept, "--objective", "joint_upper_bound"]) == OK
     captured = capsys.readouterr()
     data = json.loads(captured.out)
     assert "Nothing here was measured" in " ".join(captured.err.split())
     assert data["held_out"] is None and data["along"] == "weight_bits"
-    assert data["objective"] == "upper_bound" and data["solve_seconds"] < 1
+    assert data["objective"] == "joint_upper_bound" and data["solve_seconds"] < 30
     budgets = [point for point in data["points"] if point["kind"] == "budget"]
     assert all(
         point["limits"].keys() == {"weight_bits", "activation_bits", "size_share"}
@@ -284,6 +338,7 @@ def test_damaged_sweeps_say_what_is_wrong(copied, capsys, damage, message):
         (["--values", "0.2;0.3"], USAGE, "expected numbers separated by commas"),
         (["--no-verify", "--values", "0.01"], USAGE, "can't go below 0.26"),
         (["--no-verify", "--along", "latency"], USAGE, "needs a table of seconds"),
+        (["--config.policy.refine=2"], USAGE, "solves budgets without refinement"),
         (["--no-verify", "--config.seed=1"], USAGE, "which --no-verify leaves alone"),
         (["--config.policy.objectiv=signed"], USAGE, "did you mean policy.objective"),
         (["--config.seed=1"], BAD_INPUT, "fingerprint"),
