@@ -8,12 +8,14 @@ The stages, in the order in which data flows: `trace`, `calibrate`, `score`, a p
 from jaxrmils.artifacts import load_costs as load_costs
 from jaxrmils.artifacts import load_latency as load_latency
 from jaxrmils.artifacts import load_model as load_model
+from jaxrmils.artifacts import load_moments as load_moments
 from jaxrmils.artifacts import load_plan as load_plan
 from jaxrmils.artifacts import load_ranges as load_ranges
 from jaxrmils.artifacts import load_scores as load_scores
 from jaxrmils.artifacts import save_costs as save_costs
 from jaxrmils.artifacts import save_latency as save_latency
 from jaxrmils.artifacts import save_model as save_model
+from jaxrmils.artifacts import save_moments as save_moments
 from jaxrmils.artifacts import save_plan as save_plan
 from jaxrmils.artifacts import save_ranges as save_ranges
 from jaxrmils.artifacts import save_scores as save_scores

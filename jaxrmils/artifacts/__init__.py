@@ -9,6 +9,8 @@ from jaxrmils.artifacts.latency_file import load_latency as load_latency
 from jaxrmils.artifacts.latency_file import save_latency as save_latency
 from jaxrmils.artifacts.model_file import load_model as load_model
 from jaxrmils.artifacts.model_file import save_model as save_model
+from jaxrmils.artifacts.moments_file import load_moments as load_moments
+from jaxrmils.artifacts.moments_file import save_moments as save_moments
 from jaxrmils.artifacts.plan_file import load_plan as load_plan
 from jaxrmils.artifacts.plan_file import save_plan as save_plan
 from jaxrmils.artifacts.ranges_file import load_ranges as load_ranges

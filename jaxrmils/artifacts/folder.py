@@ -25,8 +25,10 @@ LOADERS = {
     "jaxrmils plan": "load_plan",
     "jaxrmils ranges": "load_ranges",
     "jaxrmils scores": "load_scores",
+    "jaxrmils moments": "load_moments",
     "jaxrmils model": "load_model",
     "jaxrmils export": "load_exported",
+    "jaxrmils costs": "load_costs",
 }
 """The kinds of artifact and what reads them."""
 

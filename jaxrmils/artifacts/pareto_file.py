@@ -12,6 +12,7 @@ from jaxrmils.artifacts.documents import dump_json
 from jaxrmils.artifacts.errors import ArtifactError
 from jaxrmils.artifacts.files import PathLike, interrupted_save, replace_directory
 from jaxrmils.artifacts.folder import FORMAT_VERSION, MANIFEST
+from jaxrmils.artifacts.moments_file import kept_scores
 from jaxrmils.artifacts.plan_file import plan_bytes
 from jaxrmils.artifacts.record_file import load_record
 from jaxrmils.evaluation import EvaluationError
@@ -22,7 +23,6 @@ from jaxrmils.policies import Plan
 
 KIND = "jaxrmils pareto"
 FOLDER, RECORD, PAGE, SHEET = "pareto", "pareto.json", "pareto.html", "pareto.csv"
-_SOURCES = (f"scores/{MANIFEST}", "plan.json")
 
 
 def sources(run: PathLike) -> dict[str, str]:
@@ -31,12 +31,11 @@ def sources(run: PathLike) -> dict[str, str]:
     Raises:
       ArtifactError: one of them is missing.
     """
-    found = {}
-    for name in _SOURCES:
-        path = Path(run) / name
+    found, scores = {}, kept_scores(run) or Path(run) / "scores"
+    for path in (scores / MANIFEST, Path(run) / "plan.json"):
         if not path.is_file():
             raise ArtifactError(f"{path} does not exist; the folder of a run was expected")
-        found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(path.relative_to(run))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from jaxrmils.artifacts.documents import decoding
 from jaxrmils.artifacts.errors import ArtifactError
 from jaxrmils.artifacts.files import PathLike
-from jaxrmils.artifacts.folder import ARRAYS, MANIFEST, load_folder, save_folder
+from jaxrmils.artifacts.folder import ARRAYS, MANIFEST, Folder, load_folder, save_folder
 from jaxrmils.artifacts.ranges_file import decode_ranges, encode_ranges
 from jaxrmils.graph import ActivationRow, LayerRow, ModelTable
-from jaxrmils.sensitivity import Candidate, Scores
+from jaxrmils.sensitivity import Candidate, ScoreMoments, Scores
 
 KIND = "jaxrmils scores"
 
@@ -50,7 +50,7 @@ def save_scores(
     >>> len(loaded), loaded.weight_rows, bool((loaded.loss == scores.loss).all())
     (3, ('w',), True)
     """
-    fields, arrays = encode_ranges(scores.ranges)
+    fields, arrays = encode_common(scores)
     arrays.update({name: np.asarray(getattr(scores, name)) for name in _ARRAYS})
     if scores.shift is not None:
         arrays["shift"] = np.asarray(scores.shift)
@@ -58,15 +58,7 @@ def save_scores(
         directory,
         KIND,
         fingerprint=scores.table.fingerprint,
-        fields={
-            "examples": len(scores),
-            "activation_candidates": _candidates_document(scores.activation_candidates),
-            "weight_candidates": _candidates_document(scores.weight_candidates),
-            "activation_rows": [list(row) for row in scores.activation_rows],
-            "weight_rows": list(scores.weight_rows),
-            "table": dataclasses.asdict(scores.table),
-            "ranges": fields,
-        },
+        fields=fields,
         arrays=arrays,
         info=info,
     )
@@ -85,22 +77,45 @@ def load_scores(directory: PathLike) -> Scores:
       ArtifactError: nothing there, another kind or format version, damaged or missing files.
     """
     folder = load_folder(directory, KIND)
-    manifest, arrays = folder.manifest, folder.arrays
+    arrays = folder.arrays
     with decoding(folder.path / MANIFEST):
         scores = Scores(
-            table=_table(manifest["table"]),
-            ranges=decode_ranges(folder),
+            **decode_common(folder),
             **{name: arrays[name] for name in _ARRAYS},
             shift=arrays.get("shift"),
-            activation_rows=tuple(
-                (site, position) for site, position in manifest["activation_rows"]
-            ),
-            weight_rows=tuple(manifest["weight_rows"]),
-            activation_candidates=_candidates(manifest["activation_candidates"]),
-            weight_candidates=_candidates(manifest["weight_candidates"]),
         )
         _check_shapes(scores, folder.path / ARRAYS)
     return scores
+
+
+def encode_common(scores: Scores | ScoreMoments) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What scores and moments both have: fields of the manifest, and the arrays of the ranges."""
+    ranges, arrays = encode_ranges(scores.ranges)
+    fields = {
+        "examples": len(scores),
+        "activation_candidates": _candidates_document(scores.activation_candidates),
+        "weight_candidates": _candidates_document(scores.weight_candidates),
+        "activation_rows": [list(row) for row in scores.activation_rows],
+        "weight_rows": list(scores.weight_rows),
+        "table": dataclasses.asdict(scores.table),
+        "ranges": ranges,
+    }
+    return fields, arrays
+
+
+def decode_common(folder: Folder) -> dict[str, Any]:
+    """The same as arguments of `Scores` and `ScoreMoments`; called inside `decoding`."""
+    manifest = folder.manifest
+    return {
+        "table": _table(manifest["table"]),
+        "ranges": decode_ranges(folder),
+        "activation_rows": tuple(
+            (site, position) for site, position in manifest["activation_rows"]
+        ),
+        "weight_rows": tuple(manifest["weight_rows"]),
+        "activation_candidates": _candidates(manifest["activation_candidates"]),
+        "weight_candidates": _candidates(manifest["weight_candidates"]),
+    }
 
 
 def _check_shapes(scores: Scores, path: PathLike) -> None:

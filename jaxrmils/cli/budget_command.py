@@ -15,6 +15,7 @@ from rich.text import Text
 from jaxrmils import artifacts
 from jaxrmils.artifacts.folder import read_manifest
 from jaxrmils.artifacts.latency_file import load_latency
+from jaxrmils.artifacts.moments_file import kept_scores, load_kept
 from jaxrmils.artifacts.pareto_file import (
     FOLDER,
     pareto_document,
@@ -44,12 +45,12 @@ from jaxrmils.evaluation.pareto_report import (
     uniform_plans,
 )
 from jaxrmils.graph import Graph
-from jaxrmils.policies import MEASURED_COSTS, Limits, Plan, PlanError, pareto, usage
+from jaxrmils.policies import MEASURED_COSTS, Limits, Plan, PlanError, Tangents, pareto, usage
 from jaxrmils.policies.budget import problem
 from jaxrmils.policies.budget.policy import Settings
 from jaxrmils.policies.budget.solve import infeasible
+from jaxrmils.policies.tangents import mean_loss
 from jaxrmils.progress import bars, silent
-from jaxrmils.sensitivity import Scores
 
 ROOM = 1.25
 _POLICY = "--config.policy."
@@ -133,7 +134,7 @@ class _Run:
 
     folder: RunFolder
     policy: Any
-    scores: Scores
+    scores: Tangents
     plan: Plan
     settings: Settings
     notes: tuple[str, ...] = ()
@@ -196,18 +197,19 @@ def _check(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace) -> _Run:
     folder = load_run(args.run_folder)
-    if not (folder.path / "scores").is_dir():
+    kept = kept_scores(folder.path)
+    if kept is None:
         loss = folder.run.config.get("loss", "task")
         raise artifacts.ArtifactError(
             f"{folder.path} holds no scores"
             + (f" (its loss is {loss!r}, whose tangent is zero)" if loss != "task" else "")
             + "; quantize with --config.loss=task, whose scores budgets are solved from"
         )
-    scores = artifacts.load_scores(folder.path / "scores")
+    scores = load_kept(kept)
     plan = artifacts.load_plan(folder.path / "plan.json")
     policy = _policy(args, folder)
     settings = budget_settings(policy)
-    groups = read_manifest(folder.path / "scores")["info"].get("groups")
+    groups = read_manifest(kept)["info"].get("groups")
     settings["clusters"] = groups["selection"] if groups else None
     run = _Run(folder, policy, scores, plan, settings)
     return run if settings.get("latency") else _with_latency(run, args.along)
@@ -414,7 +416,7 @@ def _report(
         unit=info.get("unit", "units of the loss"),
         margin=run.folder.report.test.margin,
         float_bytes=run.scores.table.float_bits / 8,
-        float_loss=float(run.scores.loss.mean()),
+        float_loss=mean_loss(run.scores),
         examples=len(run.scores),
         points=points,
         held_out=held_out,

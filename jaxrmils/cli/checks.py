@@ -35,6 +35,7 @@ from jaxrmils.sensitivity import LABEL_FREE
 
 WIDTHS = ("int8", "int4", "float")
 LOSSES = ("task", *LABEL_FREE)
+KEPT = ("examples", "moments")
 BUDGET_OBJECTIVES = (*OBJECTIVES, JOINT, *MEASURED_COSTS)
 WITHOUT_LABELS = ("hessian_trace", "sqnr", "measured")
 """Objectives that are not zero for a loss against the float model's own outputs."""
@@ -66,6 +67,7 @@ def check_config(config: Any, graph: Graph) -> None:
         "ranges.estimator": (settings.estimator, ESTIMATORS),
         "backend": (config.backend, ("", *BACKENDS)),
         "loss": (config.loss, LOSSES),
+        "scores": (config.scores, KEPT),
     }
     for field, (value, allowed) in choices.items():
         check_choice(f"config field {field}", value, allowed)
@@ -80,6 +82,8 @@ def check_config(config: Any, graph: Graph) -> None:
         )
     if config.loss != "task":
         _check_without_labels(config)
+    if config.scores == "moments":
+        _check_moments(config)
     if config.loss == "squared" and not config.verify.margin:
         raise ConfigError(
             "config field loss is 'squared', a distance that is 0 for the float model, so there is "
@@ -156,6 +160,19 @@ def _check_without_labels(config: Any) -> None:
         raise ConfigError(
             f"config field loss is {config.loss!r}, {reason}, so a refinement has no scores to "
             "start from; leave out policy.refine"
+        )
+
+
+def _check_moments(config: Any) -> None:
+    """ConfigError for policies that look at single examples."""
+    policy = config.policy
+    what = f"policy.name {policy.name!r}" if policy.name in ("lossless", "rmils") else ""
+    if policy.name == "budget" and refinement_rounds(policy):
+        what = "policy.refine"
+    if what:
+        raise ConfigError(
+            f"config field scores is 'moments', but {what} needs every example's scores; use "
+            "scores 'examples'"
         )
 
 

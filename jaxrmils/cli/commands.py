@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxrmils import artifacts
-from jaxrmils.cli import pipeline
+from jaxrmils.artifacts.report_files import RUN_KIND
+from jaxrmils.cli import pipeline, saving
 from jaxrmils.cli.config import ConfigError, apply_overrides, load_config
 from jaxrmils.cli.defaults import base_config
 from jaxrmils.cli.printing import print_saved
@@ -93,7 +94,7 @@ def quantize(args: argparse.Namespace) -> Outcome:
 def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
     console = console_of(args)
     result = pipeline.run(config, path, _progress(args))
-    written = pipeline.save(result, config, path, args.out)
+    written = saving.save(result, config, path, args.out)
     console.print(Text(result.task.name, style="bold"))
     print_saved(artifacts.load_run(args.out).report, console, mu_title=_mu_title(result))
     if result.plan.is_float:
@@ -103,7 +104,7 @@ def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
     if not config.batch_size:
         console.print(Text(f"Batches    {result.batch_size} examples, which fit into memory"))
     console.print(Text(f"Files      {args.out}: {', '.join(written)}"))
-    data = {"out": str(args.out), "files": written, **pipeline.report_dict(result)}
+    data = {"out": str(args.out), "files": written, **saving.report_dict(result)}
     return Outcome(data, result.report.test.passed and not result.plan.is_float)
 
 
@@ -218,7 +219,7 @@ def evaluate(args: argparse.Namespace) -> Outcome:
 
 def task_of(folder: Path, args: argparse.Namespace) -> tuple[Any, Task]:
     """A run's config and its task, whose splits must be the run's."""
-    info = artifacts.load_record(folder / "run.json", pipeline.RUN_KIND)
+    info = artifacts.load_record(folder / "run.json", RUN_KIND)
     path = args.config or info.get("config_file") or None
     if args.config:
         config = load_config(args.config, args.overrides)

@@ -16,13 +16,14 @@ from jaxrmils.policies import (
     Costs,
     Plan,
     Simulator,
+    Tangents,
     budget,
     parse_format,
     refined,
     solve,
 )
 from jaxrmils.progress import Progress, silent
-from jaxrmils.sensitivity import Loss, Scores
+from jaxrmils.sensitivity import Loss, ScoreMoments
 
 FOLDER = "costs"
 
@@ -99,7 +100,7 @@ def budget_plan(
     selection: Batches,
     loss: Loss,
     ranges: Ranges,
-    scores: Scores | None,
+    scores: Tangents | None,
     costs: Costs | None = None,
     clusters: Any = None,
     progress: Progress = silent,
@@ -129,6 +130,7 @@ def budget_plan(
     rounds = refinement_rounds(policy)
     if not rounds:
         return budget(scores, limits, **settings)
+    assert not isinstance(scores, ScoreMoments)
     simulation = Simulator(graph, loss).on(params, ranges, selection)
     found = refined(
         simulation,

@@ -47,6 +47,9 @@ def base_config() -> Any:
     # What is kept low: "task", or without labels the distance to the float model's own outputs,
     # "kl" (of their softmax) or "squared".
     config.loss = "task"
+    # What is kept of the selection split: "examples", or "moments" of any number of them in memory
+    # that does not grow, for budgets (docs/scale.md).
+    config.scores = "examples"
     config.curvature = False  # also estimate every layer's second-order term (8 more passes)
     config.backend = ""  # "cpu", "cuda", "tpu"; empty for where jax runs
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrmils import artifacts
-from jaxrmils.artifacts.report_files import REPORT_KIND, RUN_KIND, SPREADSHEETS
 from jaxrmils.cli.checks import (
     check_config,
     forced,
@@ -21,7 +17,7 @@ from jaxrmils.cli.checks import (
     search_of,
 )
 from jaxrmils.cli.config import ConfigError, resolve_function
-from jaxrmils.cli.costs import budget_plan, measured, save_run_costs
+from jaxrmils.cli.costs import budget_plan, measured
 from jaxrmils.data import Batches, DataError, Dataset, Splits, Task, check_disjoint
 from jaxrmils.data.splits import SPLIT_NAMES
 from jaxrmils.evaluation import Metrics, Report, verify
@@ -33,23 +29,27 @@ from jaxrmils.policies import (
     Costs,
     Lossless,
     Plan,
+    Tangents,
     lossless,
     mu_values,
     rmils,
     steps_of,
     uniform,
 )
+from jaxrmils.policies.tangents import mean_loss
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import (
     Curvature,
+    ScoreMoments,
     Scores,
     curvature,
     label_free,
     score,
+    score_moments,
 )
 from jaxrmils.sensitivity.batch_size import fitting_batch_size
 from jaxrmils.sensitivity.losses import LabelFree, float_outputs
-from jaxrmils.statistics import group_numbers
+from jaxrmils.statistics import default_margin
 from jaxrmils.zoo import image_task, mnist_cnn_task, squad_task, text_task
 
 TASKS = {
@@ -65,7 +65,8 @@ class Result:
     """What a run made.
 
     Attributes:
-      task, graph, ranges, scores, plan, model: the stages' results; no scores without labels.
+      task, graph, ranges, scores, plan, model: the stages' results; no scores without labels, and
+        moments in their place where the config asks for those.
       costs: of a budget's objective that needs a pass of its own; else None.
       params: the float parameters.
       report: predicted against measured, the controls and the verdict.
@@ -77,7 +78,7 @@ class Result:
     graph: Graph
     params: Any
     ranges: Ranges
-    scores: Scores | None
+    scores: Tangents | None
     costs: Costs | None
     plan: Plan
     model: QuantizedModel
@@ -151,7 +152,7 @@ def make_plan(
     params: Any,
     task: Task,
     ranges: Ranges,
-    scores: Scores | None,
+    scores: Tangents | None,
     costs: Costs | None = None,
     second_order: Curvature | None = None,
     progress: Progress = silent,
@@ -166,6 +167,12 @@ def make_plan(
         return uniform(tabulate(graph), policy.format, skip=policy.skip, force=fixed), None
     if policy.name == "file":
         return plan_of_file(policy), None
+    if policy.name == "budget":
+        selection = task.split("selection")
+        data = batches(selection, config.batch_size)
+        known = (graph, params, data, task.loss, ranges, scores, costs)
+        return budget_plan(config, *known, clusters=selection.groups, progress=progress), None
+    assert not isinstance(scores, ScoreMoments)
     if policy.name == "lossless":
         selection, confirmation = task.split("selection"), task.split("confirmation")
         found = lossless(
@@ -189,11 +196,6 @@ def make_plan(
             progress=progress,
         )
         return found.plan, found
-    if policy.name == "budget":
-        selection = task.split("selection")
-        data = batches(selection, config.batch_size)
-        known = (graph, params, data, task.loss, ranges, scores, costs)
-        return budget_plan(config, *known, clusters=selection.groups, progress=progress), None
     assert scores is not None
     plan = rmils(
         graph,
@@ -274,6 +276,11 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
     _check_unseen(config, task)
     graph = trace_task(task)
     check_config(config, graph)
+    if config.scores == "moments" and task.dataset.groups is not None:
+        raise ConfigError(
+            "config field scores is 'moments', but the data's examples belong to groups, whose "
+            "standard errors need every example; use scores 'examples'"
+        )
     config = with_batch_size(config, graph, task)
     params = task.load_params()
     given = task
@@ -295,7 +302,10 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
     scores = costs = second_order = None
     if config.loss == "task":
         shift_probe = config.policy.name == "rmils" and config.policy.probe == "shift"
-        scores = score(*arguments, shift_probe=shift_probe, progress=progress)
+        if config.scores == "moments":
+            scores = score_moments(*arguments, progress=progress)
+        else:
+            scores = score(*arguments, shift_probe=shift_probe, progress=progress)
     if config.curvature:
         second_order = curvature(*arguments, seed=config.seed, progress=progress)
     if config.policy.name == "budget" and config.policy.objective in MEASURED_COSTS:
@@ -331,7 +341,7 @@ def _verified(
     model: QuantizedModel,
     task: Task,
     ranges: Ranges,
-    scores: Scores | None,
+    scores: Tangents | None,
     second_order: Curvature | None,
     search: Lossless | None,
     progress: Progress,
@@ -339,6 +349,9 @@ def _verified(
     """The report on the test split, which is read here and nowhere else."""
     settings, size = config.verify, config.batch_size
     test, selection = task.split("test"), task.split("selection")
+    margin = search.margin if search else settings.margin or None
+    if isinstance(scores, ScoreMoments):
+        margin, scores = margin or default_margin(mean_loss(scores), unit=task.unit), None
     return verify(
         graph,
         params,
@@ -348,7 +361,7 @@ def _verified(
         ranges=ranges,
         scores=scores,
         curvature=second_order,
-        margin=search.margin if search else settings.margin or None,
+        margin=margin,
         alpha=settings.alpha,
         groups=test.groups,
         metrics=metrics_on(task, "test"),
@@ -364,70 +377,8 @@ def _verified(
     )
 
 
-def _mu(config: Any, graph: Graph, scores: Scores | None) -> dict[str, dict[int, float]]:
+def _mu(config: Any, graph: Graph, scores: Tangents | None) -> dict[str, dict[int, float]]:
     policy = config.policy
-    if policy.name != "rmils" or scores is None:
+    if policy.name != "rmils" or not isinstance(scores, Scores):
         return {}
     return mu_values(graph, scores, normalization=policy.normalization, probe=policy.probe)
-
-
-def save(result: Result, config: Any, path: str | Path | None, out: str | Path) -> list[str]:
-    """Writes a run's files.
-
-    Args:
-      result: from `run`.
-      config: its config.
-      path: the config file, recorded by name.
-      out: the folder; files of an earlier run are replaced one by one, each only when complete.
-
-    Returns:
-      What was written, relative to `out`.
-    """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    info = {
-        "task": result.task.name,
-        "unit": result.task.unit,
-        "config": json.loads(config.to_json()),
-        "config_file": str(Path(path).resolve()) if path else "",
-        "splits": result.task.splits.fingerprint,
-        "batch_size": result.batch_size,
-        "versions": artifacts.versions(),
-    }
-    written = ["plan.json"]
-    artifacts.save_plan(result.plan, out / "plan.json")
-    if result.scores is not None:
-        artifacts.save_scores(result.scores, out / "scores", info=scores_info(result, config))
-        written.append("scores")
-        if result.costs is not None:
-            written.append(save_run_costs(result.costs, config.policy, out))
-    elif (out / "scores").is_dir():
-        shutil.rmtree(out / "scores")  # of an earlier run with labels: they would not belong here
-    artifacts.save_model(result.model, out / "model", info={"seed": config.seed})
-    artifacts.save_record(report_dict(result), out / "report.json", REPORT_KIND)
-    artifacts.save_record(info, out / "run.json", RUN_KIND)
-    saved = artifacts.load_run(out)
-    artifacts.write_page(saved.document, out / "report.html", saved.run)
-    sheets = [f"{name}.csv" for name in SPREADSHEETS]
-    artifacts.write_spreadsheets(saved.document, *(out / name for name in sheets))
-    records = ["run.json", "report.json", "report.html", *sheets]
-    return [*written, "model", *records]
-
-
-def scores_info(result: Result, config: Any) -> dict[str, Any]:
-    """What is kept beside the scores: the seed, and which examples belong together, as numbers."""
-    groups = result.task.split("selection").groups
-    if groups is None:
-        return {"seed": config.seed}
-    numbers = group_numbers(groups, len(groups)).tolist()
-    return {"seed": config.seed, "groups": {"selection": numbers}}
-
-
-def report_dict(result: Result) -> dict[str, Any]:
-    """The report and mu as plain JSON values."""
-    report = {**result.report.to_dict(), "mu": result.mu}
-    return json.loads(json.dumps(report, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else str(value)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from jaxrmils import artifacts
 from jaxrmils.artifacts.latency_file import save_latency
+from jaxrmils.artifacts.moments_file import kept_scores, load_kept
 from jaxrmils.cli import commands
 from jaxrmils.cli.commands import Outcome
 from jaxrmils.cli.config import ConfigError
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> Outcome:
     progress = silent if args.quiet else bars
     _, task = commands.task_of(folder, args)
     model = artifacts.load_model(folder / "model", task.apply)
-    ranges = artifacts.load_scores(folder / "scores").ranges
+    ranges = load_kept(kept_scores(folder) or folder / "scores").ranges
     inputs = next(iter(task.split("selection").batches(args.batch_size)))[0]
     found = profile(
         model.graph,

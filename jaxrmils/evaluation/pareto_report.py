@@ -22,13 +22,13 @@ from jaxrmils.policies import (
     ParetoPoint,
     Plan,
     Recommendation,
-    predict,
+    Tangents,
+    plan_interval,
     recommend,
     uniform,
     usage,
 )
 from jaxrmils.progress import Progress, silent
-from jaxrmils.sensitivity import Scores
 from jaxrmils.statistics import Interval, accuracy_change, mean_interval
 
 Kind = Literal["budget", "uniform", "run"]
@@ -231,7 +231,7 @@ def contenders(
 
 
 def uniform_plans(
-    scores: Scores,
+    scores: Tangents,
     formats: Sequence[str],
     *,
     skip: Sequence[str] = (),
@@ -240,7 +240,7 @@ def uniform_plans(
     """A uniform plan for each format; layers that calibration never reached stay float.
 
     Args:
-      scores: from `score`.
+      scores: from `score` or `score_moments`.
       formats: their names.
       skip: globs of layers that stay float.
       force: format by glob.
@@ -261,7 +261,7 @@ def uniform_plans(
 
 def predicted_points(
     found: Sequence[Contender],
-    scores: Scores,
+    scores: Tangents,
     *,
     latency: LatencyTable | None = None,
     clusters: Any = None,
@@ -285,11 +285,7 @@ def predicted_points(
             limits=dict(each.limits),
             used=usage(scores.table, each.plan.layers, latency),
             formats=each.plan.counts(),
-            predicted=mean_interval(
-                np.sum(list(predict(scores, each.plan).values()), axis=0),
-                method="t",
-                groups=clusters,
-            ),
+            predicted=plan_interval(scores, each.plan, clusters),
         )
         for each in found
     )

@@ -18,15 +18,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from jaxrmils import numerics
 from jaxrmils.graph import LayerRow
 from jaxrmils.policies.costs import Costs
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError, fit, parse_format
-from jaxrmils.policies.plan import FLOAT_LAYER, LayerPlan, layer_prediction
-from jaxrmils.sensitivity import Candidate, Scores
-from jaxrmils.statistics import group_numbers, pseudo_values
+from jaxrmils.policies.plan import FLOAT_LAYER, LayerPlan
+from jaxrmils.policies.tangents import (
+    Tangents,
+    check_clusters,
+    operand_mean,
+    option_error,
+    option_mean,
+    option_mean_square,
+)
+from jaxrmils.sensitivity import Candidate
 
 Objective = Literal["signed", "upper_bound", "squared"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -39,12 +44,12 @@ Options = Mapping[str, tuple[LayerPlan, ...]]
 
 
 def layer_options(
-    scores: Scores, formats: Sequence[str], roundings: Roundings = "nearest"
+    scores: Tangents, formats: Sequence[str], roundings: Roundings = "nearest"
 ) -> dict[str, tuple[LayerPlan, ...]]:
     """What every layer can become.
 
     Args:
-      scores: from `score`.
+      scores: from `score` or `score_moments`.
       formats: names of formats; a layer has of each what it can have.
       roundings: "nearest"; "directed" for a second option of every activation format, each operand
         rounded down or up, whichever has the smaller mean contribution (against the sign of
@@ -81,7 +86,7 @@ def layer_options(
 
 
 def _rounding(
-    scores: Scores, row: LayerRow, bits: int, roundings: Roundings
+    scores: Tangents, row: LayerRow, bits: int, roundings: Roundings
 ) -> tuple[numerics.Rounding, ...]:
     """The roundings of a layer's second option."""
     if roundings == "nearest":
@@ -102,14 +107,14 @@ def _rounding(
     return tuple(
         min(
             candidates,
-            key=lambda c, a=a: scores.activation(a.site, a.position, c).mean(dtype=np.float64),
+            key=lambda c, a=a: operand_mean(scores, a.site, a.position, c),
         ).rounding
         for a in row.activations
     )
 
 
 def tangent_costs(
-    scores: Scores,
+    scores: Tangents,
     objective: str,
     options: Options,
     *,
@@ -119,7 +124,8 @@ def tangent_costs(
     """The costs of options by an objective that needs nothing but the scores.
 
     Args:
-      scores: from `score`, for losses whose gradient at the float model is not zero.
+      scores: from `score` or `score_moments`, for losses whose gradient at the float model is not
+        zero.
       objective: one of `OBJECTIVES`; the module has the formulas.
       options: per layer, from `layer_options`.
       z: standard errors that "upper_bound" adds; 1.645 is one-sided 95 %.
@@ -130,8 +136,8 @@ def tangent_costs(
       The costs: nats (the loss's unit), or squared nats for "squared". Float costs 0.
 
     Raises:
-      PlanError: an unknown objective, a z that is not positive, a format that was not scored, or
-        too few examples for a standard error.
+      PlanError: an unknown objective, a z that is not positive, a format that was not scored,
+        too few examples for a standard error, or clusters for moments.
       StatisticsError: clusters that do not fit.
 
     >>> import jax, jax.numpy as jnp
@@ -148,25 +154,24 @@ def tangent_costs(
         raise PlanError(f"objective {objective!r}; expected one of {', '.join(OBJECTIVES)}")
     if objective == "upper_bound":
         check_errors(scores, z)
-    numbers = None if clusters is None else group_numbers(clusters, len(scores))
+    numbers = check_clusters(scores, clusters)
 
     def cost(name: str, layer: LayerPlan) -> float:
         if layer.is_float:
             return 0.0
-        values = layer_prediction(scores, name, layer)
-        if objective == "signed":
-            return float(values.mean())
         if objective == "squared":
-            return float(np.mean(values**2))
-        units = values if numbers is None else pseudo_values(values, numbers)
-        return float(values.mean() + z * units.std(ddof=1) / math.sqrt(units.size))
+            return option_mean_square(scores, name, layer)
+        mean = option_mean(scores, name, layer)
+        if objective == "signed":
+            return mean
+        return mean + z * option_error(scores, name, layer, numbers)
 
     unit = "squared nats" if objective == "squared" else "nats"
     table = {n: {layer: cost(n, layer) for layer in own} for n, own in options.items()}
     return Costs(objective, unit, table)
 
 
-def check_errors(scores: Scores, z: float) -> None:
+def check_errors(scores: Tangents, z: float) -> None:
     """PlanError unless upper bounds can be had."""
     if not (isinstance(z, (int, float)) and 0 < z < math.inf):
         raise PlanError(f"z is {z!r}; expected standard errors above 0, such as 1.645")

@@ -17,7 +17,7 @@ from jaxrmils.policies.budget.resources import usage
 from jaxrmils.policies.budget.solve import infeasible
 from jaxrmils.policies.formats import PlanError
 from jaxrmils.policies.plan import Plan
-from jaxrmils.sensitivity import Scores
+from jaxrmils.policies.tangents import Tangents
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ParetoPoint:
 
 
 def pareto(
-    scores: Scores,
+    scores: Tangents,
     budgets: Sequence[Limits] | int = 10,
     *,
     along: str = "size_share",
@@ -69,7 +69,7 @@ def pareto(
     cost never rises with the budget; the predicted change may, unless the objective is "signed".
 
     Args:
-      scores: from `score`, or loaded.
+      scores: from `score` or `score_moments`, or loaded.
       budgets: the limits of each point; or a number of points, evenly spaced from the smallest use
         that is possible to that of the plan which would be chosen without a limit.
       along: the limit that is varied where a number of points is given: a field of `Limits`.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from jax.sharding import NamedSharding
@@ -114,12 +114,28 @@ class ScoreMoments:
     def __len__(self) -> int:
         return self.moments.count
 
-    def activation(self, site: str, position: int, candidate: Candidate) -> list[int]:
+    def __getattr__(self, name: str) -> NoReturn:
+        """TypeError for what `Scores` holds of single examples."""
+        if name in Scores.__dataclass_fields__ or name in vars(Scores):
+            raise TypeError(
+                f"moments hold no single examples, so there is no {name!r} in them; use `score` "
+                "where every example counts"
+            )
+        raise AttributeError(f"ScoreMoments has no attribute {name!r}")
+
+    @property
+    def width(self) -> int:
+        """How many columns there are."""
+        operands = len(self.activation_candidates) + 2
+        uses = len(self.weight_candidates)
+        return 1 + len(self.activation_rows) * operands + len(self.weight_rows) * uses
+
+    def activation_columns(self, site: str, position: int, candidate: Candidate) -> list[int]:
         """The column of one operand under one format."""
         row = self.activation_rows.index((site, position))
         return [1 + row * len(self.activation_candidates) + self._activation_index(candidate)]
 
-    def weight(self, layer: str, candidate: Candidate) -> list[int]:
+    def weight_columns(self, layer: str, candidate: Candidate) -> list[int]:
         """The columns of a layer's weight noise under one format, one for each use."""
         uses = self.table.layer[layer].sites
         start = 1 + len(self.activation_rows) * len(self.activation_candidates)
@@ -127,11 +143,10 @@ class ScoreMoments:
         rows = [i for i, site in enumerate(self.weight_rows) if site in uses]
         return [start + row * width + index for row in rows]
 
-    def gradient_sum(self, site: str, position: int) -> list[int]:
+    def gradient_sum_columns(self, site: str, position: int) -> list[int]:
         """The column of an operand's p . 1."""
-        width = self.moments.mean.size
         row = self.activation_rows.index((site, position))
-        return [width - 2 * len(self.activation_rows) + row]
+        return [self.width - 2 * len(self.activation_rows) + row]
 
     def total(self, columns: Sequence[int]) -> tuple[float, float]:
         """Mean and standard error of a sum of columns, whatever they have in common.
@@ -145,9 +160,12 @@ class ScoreMoments:
         Raises:
           ScoreError: fewer than two examples.
         """
-        chosen = np.bincount(np.asarray(columns, np.int64), minlength=self.moments.mean.size)
-        variance = chosen @ self.moments.covariance @ chosen
-        return float(chosen @ self.moments.mean), float(np.sqrt(max(variance, 0) / len(self)))
+        chosen = np.asarray(columns, np.int64)
+        products = self.moments.products[np.ix_(chosen, chosen)].sum()
+        if len(self) < 2:
+            raise ScoreError(f"a standard error needs two examples; there are {len(self)}")
+        variance = max(products, 0.0) / (len(self) - 1)
+        return float(self.moments.mean[chosen].sum()), float(np.sqrt(variance / len(self)))
 
     def _activation_index(self, candidate: Candidate) -> int:
         return self.activation_candidates.index(candidate)
@@ -209,7 +227,7 @@ def score_moments(
     >>> ranges = calibrate(graph, params, [x])
     >>> batches = [(x[:32], jnp.zeros((32, 2))), (x[32:], jnp.zeros((32, 2)))]
     >>> found = score_moments(graph, params, batches, squares, ranges)
-    >>> mean, error = found.total(found.activation("w", 0, Candidate(4, "nearest")))
+    >>> mean, error = found.total(found.activation_columns("w", 0, Candidate(4, "nearest")))
     >>> len(found), found.moments.mean.shape, error > 0
     (64, (11,), True)
     """

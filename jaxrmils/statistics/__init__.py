@@ -9,6 +9,7 @@ from jaxrmils.statistics.intervals import METHODS as METHODS
 from jaxrmils.statistics.intervals import Interval as Interval
 from jaxrmils.statistics.intervals import Method as Method
 from jaxrmils.statistics.intervals import mean_interval as mean_interval
+from jaxrmils.statistics.intervals import t_interval as t_interval
 from jaxrmils.statistics.metrics import MetricChange as MetricChange
 from jaxrmils.statistics.metrics import checked_metric as checked_metric
 from jaxrmils.statistics.metrics import metric_change as metric_change

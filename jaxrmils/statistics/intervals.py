@@ -118,6 +118,29 @@ def mean_interval(
     return Interval(mean, error, lower, upper, changes.size, level, method, count)
 
 
+def t_interval(mean: float, standard_error: float, n: int, *, level: float = 0.95) -> Interval:
+    """Student's interval where only the mean of n numbers and its standard error were kept.
+
+    Args:
+        mean, standard_error: in the unit of the changes.
+        n: how many, at least 2.
+        level: confidence in (0, 1).
+
+    Raises:
+        StatisticsError: n or the level is out of range.
+
+    >>> kept, whole = t_interval(0.25, 0.25, 4), mean_interval([0.0, 0.0, 0.0, 1.0], method="t")
+    >>> math.isclose(kept.upper, whole.upper)
+    True
+    """
+    if n < 2 or not 0.0 < level < 1.0:
+        raise StatisticsError(
+            f"n is {n} and level {level}; expected 2 or more, and between 0 and 1"
+        )
+    reach = float(special.stdtrit(n - 1, (1.0 + level) / 2.0)) * standard_error
+    return Interval(mean, standard_error, mean - reach, mean + reach, n, level, "t")
+
+
 def bounds(values: np.ndarray, tail: float, method: Method) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper bound of the mean, each leaving `tail` of the probability outside.
 

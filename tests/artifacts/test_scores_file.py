@@ -1,5 +1,6 @@
 """Scores and ranges: bit-identical, and enough for policies without running the model."""
 
+import dataclasses
 import json
 import sys
 
@@ -9,17 +10,20 @@ import models
 import numpy as np
 import pytest
 
-from jaxrmils import calibrate, predict, rmils, score, trace, uniform
+from jaxrmils import Limits, budget, calibrate, predict, rmils, score, trace, uniform
 from jaxrmils.artifacts import (
     ArtifactError,
     describe,
+    load_moments,
     load_ranges,
     load_scores,
+    save_moments,
     save_ranges,
     save_scores,
 )
 from jaxrmils.artifacts.folder import check_header
 from jaxrmils.sensitivity import Scores
+from jaxrmils.sensitivity.moments import moments_of
 
 ARRAYS = ("loss", "activations", "weights", "gradient_sum", "gradient_square", "shift")
 
@@ -57,6 +61,25 @@ def test_scores_come_back_bit_for_bit(scored, saved):
         assert getattr(loaded, name) == getattr(scores, name)
     assert loaded.activation_candidates == scores.activation_candidates
     assert loaded.weight_candidates == scores.weight_candidates
+
+
+def test_moments_come_back_bit_for_bit(scored, tmp_path):
+    moments = moments_of(scored[1])
+    save_moments(moments, tmp_path / "m", info={"seed": 3})
+    loaded = load_moments(tmp_path / "m")
+    assert len(loaded) == len(moments) == 8 and loaded.table == moments.table
+    assert_same_arrays(loaded.ranges, moments.ranges)
+    for name in ("mean", "products"):
+        assert_same_arrays(getattr(loaded.moments, name), getattr(moments.moments, name))
+    for name in ("activation_rows", "weight_rows", "activation_candidates", "weight_candidates"):
+        assert getattr(loaded, name) == getattr(moments, name)
+    assert budget(loaded, Limits(weight_bits=8)) == budget(moments, Limits(weight_bits=8))
+    with pytest.raises(ArtifactError, match="use load_moments"):
+        load_scores(tmp_path / "m")
+    fewer = dataclasses.replace(moments, weight_candidates=moments.weight_candidates[:1])
+    save_moments(fewer, tmp_path / "fewer")
+    with pytest.raises(ArtifactError, match="Save the moments again"):
+        load_moments(tmp_path / "fewer")
 
 
 def test_policies_need_nothing_but_loaded_scores(scored, saved, monkeypatch):

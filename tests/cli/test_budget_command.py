@@ -122,6 +122,7 @@ def test_more_limits_groups_and_no_labels(folder):
         (["refine=True", "objective=signed"], "expected one of 'squared', 'squared_output'"),
         (["refine=True", "name=uniform"], "only a budget is refined"),
         (["objective=squared_outputs"], "did you mean 'squared_output'?"),
+        (["refine=1", "scores=moments"], "policy.refine needs every example's scores"),
         (["objective=squard"], "did you mean 'squared'? Expected one of 'signed'"),
         (["rounding=up"], "policy.rounding is 'up'; expected one of 'nearest', 'directed'"),
         (["capabilities=cuds"], "did you mean 'cuda'?"),
@@ -131,7 +132,9 @@ def test_more_limits_groups_and_no_labels(folder):
     ],
 )
 def test_what_is_wrong_with_a_budget_is_said_before_anything_runs(folder, capsys, options, message):
-    assert quantize(folder, "never", *(f"--config.policy.{each}" for each in options)) == USAGE
+    arguments = [f"--config.policy.{each}" for each in options]
+    arguments = [each.replace("policy.scores", "scores") for each in arguments]
+    assert quantize(folder, "never", *arguments) == USAGE
     assert message in said(capsys)
     assert not (folder / "never").exists()
 
@@ -281,7 +284,10 @@ def test_budgets_of_latency(run, tmp_path, capsys):
 
 def test_examples_that_belong_together(folder, capsys):
     (folder / "pairs.py").write_text(f"import sys\nsys.path.insert(0, {str(folder)!r})\n{PAIRS}")
-    assert quantize(folder, "pairs", "--config.task=pairs.py:build") == OK
+    grouped = "--config.task=pairs.py:build"
+    assert quantize(folder, "never", grouped, "--config.scores=moments") == USAGE
+    assert "belong to groups" in said(capsys)
+    assert quantize(folder, "pairs", grouped) == OK
     assert main(["pareto", f"{folder}/pairs", "--values", "0.3", "--quiet"]) == OK
     report = load_pareto(folder / "pairs")
     point = report.points[0]
@@ -301,8 +307,21 @@ def test_three_picks_and_the_certificate_of_one(swept, folder, capsys):
     assert picks["compact"]["name"] == smallest.name and picks["compact"]["qualifies"]
     path = picks["quality"]["path"]
     options = ["--config.policy.name=file", f"--config.policy.file={path}"]
-    assert quantize(folder, "certified", *options) == OK
-    assert jr.load_plan(folder / "certified" / "plan.json") == jr.load_plan(path)
+    assert quantize(folder, "certified", *options, "--config.scores=moments") == OK
+    out = folder / "certified"
+    assert jr.load_plan(out / "plan.json") == jr.load_plan(path)
+
+    # Budgets from moments are those from scores.
+    assert not (out / "scores").exists() and len(jr.load_moments(out / "moments")) == 100
+    points = []
+    for each in (out, shutil.copytree(swept, folder / "again")):
+        options = ["--no-verify", "--values", "0.3", "--objective", "joint_upper_bound", "--json"]
+        capsys.readouterr()
+        assert main(["pareto", str(each), *options]) == OK
+        data = json.loads(capsys.readouterr().out)
+        points.append([data["points"][0]["predicted"]["upper"], data["float_loss"]])
+    assert points[0] == pytest.approx(points[1], rel=1e-5)
+    assert set(load_pareto(out).sources) == {"moments/manifest.json", "plan.json"}
 
 
 def test_a_sweep_is_refused_once_it_no_longer_belongs_to_its_run(copied, capsys):

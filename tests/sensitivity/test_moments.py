@@ -39,13 +39,14 @@ def test_columns_are_those_of_the_scores(name):
     weight_format, format_ = scores.weight_candidates[-1], scores.activation_candidates[2]
     site, position = scores.activation_rows[-1]
     one, other = scores.activation(site, position, format_), scores.weight(layer, weight_format)
-    columns = found.activation(site, position, format_) + found.weight(layer, weight_format)
+    columns = found.activation_columns(site, position, format_)
+    columns += found.weight_columns(layer, weight_format)
     mean, error = found.total(columns)
     joint = np.float64(one) + other
     assert mean == pytest.approx(joint.mean(), rel=1e-5)
     assert error == pytest.approx(joint.std(ddof=1) / np.sqrt(len(joint)), rel=1e-5)
     row = scores.activation_rows.index((site, position))
-    mean, _ = found.total(found.gradient_sum(site, position))
+    mean, _ = found.total(found.gradient_sum_columns(site, position))
     assert mean == pytest.approx(np.float64(scores.gradient_sum[:, row]).mean(), rel=1e-6)
     assert found.moments.mean[0] == pytest.approx(np.float64(scores.loss).mean())
 

@@ -48,7 +48,8 @@ def minimise_bound(
     programme: Programme,
     limits: dict[str, float],
     start: Solution,
-    values: np.ndarray,
+    means: np.ndarray,
+    deviations: np.ndarray,
     z: float,
     *,
     rounds: int = 10,
@@ -59,15 +60,14 @@ def minimise_bound(
       programme: the allowed plans.
       limits: by name.
       start: a plan within the limits; the result's bound is never higher than its.
-      values: float64 [n, columns], every independent unit's contribution under every option.
+      means: float64 [columns], the mean contribution of every option.
+      deviations: float64 [rows, columns], D with D'D = Cov / n.
       z: standard errors that are added, above 0.
       rounds: integer programmes to solve, at most.
 
     Raises:
       PlanError: the solver found nothing in its time.
     """
-    means = values.mean(axis=0)
-    deviations = (values - means) / math.sqrt(len(values) * (len(values) - 1))
 
     def bound(solution: Solution) -> float:
         return float(

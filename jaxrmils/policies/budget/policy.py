@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
-import numpy as np
-
 from jaxrmils.policies.budget.choices import Rules
 from jaxrmils.policies.budget.groups import Groups
 from jaxrmils.policies.budget.joint import Joint, minimise_bound
@@ -23,9 +21,9 @@ from jaxrmils.policies.objectives import (
     layer_options,
     tangent_costs,
 )
-from jaxrmils.policies.plan import Plan, layer_prediction, predict
-from jaxrmils.sensitivity import Scores
-from jaxrmils.statistics import Interval, group_numbers, mean_interval, pseudo_values
+from jaxrmils.policies.plan import Plan
+from jaxrmils.policies.tangents import Tangents, check_clusters, error_factor, plan_interval
+from jaxrmils.statistics import Interval
 
 JOINT = "joint_upper_bound"
 DEFAULT_FORMATS = ("w8a8", "w4a8", "w4a4")
@@ -48,7 +46,7 @@ class Settings(TypedDict, total=False):
 
 
 def budget(
-    scores: Scores,
+    scores: Tangents,
     limits: Limits,
     *,
     objective: str | Costs = "squared",
@@ -66,7 +64,7 @@ def budget(
     """The plan of the least predicted loss within a budget. The model is not run.
 
     Args:
-      scores: from `score`, or loaded.
+      scores: from `score` or `score_moments`, or loaded. Of moments the result is the same.
       limits: what the plan may use, for example `Limits(size_share=0.15, activation_bits=8)`.
       objective: what is minimised. From the scores: "signed", "upper_bound", "squared" (see
         `jaxrmils.policies.objectives`), or "joint_upper_bound", the plan's own upper bound with
@@ -96,7 +94,7 @@ def budget(
     Raises:
       InfeasibleBudgetError: no plan is within the limits; it says what the nearest values are.
       PlanError: an unknown option, formats that were not scored, patterns that match nothing,
-        costs of another model.
+        costs of another model, clusters for moments.
       StatisticsError: clusters that do not fit.
 
     >>> import jax, jax.numpy as jnp
@@ -126,11 +124,11 @@ def budget(
     ).solve(limits)[0]
 
 
-def problem(scores: Scores, **settings: Unpack[Settings]) -> Problem:
+def problem(scores: Tangents, **settings: Unpack[Settings]) -> Problem:
     """Prepares `budget` for many limits: costs and constraints are made once.
 
     Args:
-      scores: from `score`.
+      scores: from `score` or `score_moments`.
       **settings: as for `budget`.
 
     Raises:
@@ -162,6 +160,7 @@ def problem(scores: Scores, **settings: Unpack[Settings]) -> Problem:
         options = layer_options(scores, allowed, roundings)
         additive = "upper_bound" if objective == JOINT else objective
         costs = tangent_costs(scores, additive, options, z=z, clusters=clusters)
+    check_clusters(scores, clusters)
     if objective == JOINT:
         check_errors(scores, z)
     programme = programme_of(scores.table, costs, rules, settings.get("time_limit", 60.0))
@@ -177,7 +176,7 @@ class Problem:
     """Scores and rules, prepared once; solved for many limits.
 
     Attributes:
-      scores: from `score`.
+      scores: from `score` or `score_moments`.
       costs: what is minimised; for the joint bound, the sum of bounds that it starts from.
       rules: what a plan may hold.
       programme: the integer programme.
@@ -186,7 +185,7 @@ class Problem:
       clusters: [N], the group of each example, or None.
     """
 
-    scores: Scores
+    scores: Tangents
     costs: Costs
     rules: Rules
     programme: Programme
@@ -203,11 +202,11 @@ class Problem:
         """
         solution, joint = optimum(self.programme, limits), None
         if self.z is not None:
-            joint = minimise_bound(self.programme, limits.given(), solution, self._values(), self.z)
+            factor = error_factor(self.scores, self.programme.columns, self.clusters)
+            joint = minimise_bound(self.programme, limits.given(), solution, *factor, self.z)
             solution = joint.solution
         plan = plan_of(self.programme, self.costs, self.rules, limits, solution)
-        changes = np.sum(list(predict(self.scores, plan).values()), axis=0)
-        predicted = mean_interval(changes, method="t", groups=self.clusters)
+        predicted = plan_interval(self.scores, plan, self.clusters)
         record = {
             "rounding": self.rounding,
             "predicted": {
@@ -218,14 +217,6 @@ class Problem:
             **({} if joint is None else _joint_record(joint, self.z)),
         }
         return dataclasses.replace(plan, policy={**plan.policy, **record}), predicted
-
-    def _values(self) -> np.ndarray:
-        """float64 [units, columns]: contributions of every example or cluster."""
-        columns = [layer_prediction(self.scores, n, p) for n, p in self.programme.columns]
-        if self.clusters is not None:
-            numbers = group_numbers(self.clusters, len(self.scores))
-            columns = [pseudo_values(values, numbers) for values in columns]
-        return np.stack(columns, axis=1)
 
 
 def _joint_record(joint: Joint, z: float | None) -> dict[str, Any]:
