@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxrmils import artifacts
+from jaxrmils.artifacts.latency_file import save_latency
 from jaxrmils.cli import commands, pipeline
 from jaxrmils.cli.commands import Outcome
 from jaxrmils.cli.config import ConfigError, load_config
@@ -31,11 +32,13 @@ from jaxrmils.lowering.ahead import (
     check_plan_lowering,
     find_target,
     has_symmetric_grids,
+    latency_table,
     operand_words,
     site_costs,
     targets,
     without_devices,
 )
+from jaxrmils.lowering.ahead.latency import FLOAT
 from jaxrmils.numerics import format_size
 from jaxrmils.policies import FORMATS, Plan, check_plan, parse_format, uniform
 from jaxrmils.progress import bars, silent
@@ -56,6 +59,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
       jaxrmils aot runs/mnist --target tpu:v5e
       jaxrmils aot --config configs/mnist_cnn.py --plan runs/mnist/plan.json --target tpu:v6e
       jaxrmils aot --config configs/mnist_cnn.py --plan w4a8 --target cuda
+      jaxrmils aot runs/mnist --target tpu:v5e --latency runs/mnist/latency.json
 
     Targets tpu:v5e, cuda:h100, ... need a compiler, not the device: pip install
     'jaxrmils[tpu-aot]', or jax's own CUDA plugin and nvidia-cuda-nvcc. Without it, and for the
@@ -85,6 +89,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="what to compile beside the plan: float32, bfloat16, formats for uniform plans; "
         "'' for nothing (default: %(default)s)",
     )
+    parser.add_argument(
+        "--latency",
+        metavar="FILE",
+        help="write a latency table of estimated seconds, such as RUN/latency.json, for "
+        "config.policy.latency_table and `jaxrmils pareto --latency`; needs a TPU target",
+    )
+    parser.add_argument(
+        "--clock", type=float, help="cycles a second for --latency (default: the target's)"
+    )
     parser.set_defaults(run=aot)
 
 
@@ -93,7 +106,9 @@ def aot(args: argparse.Namespace) -> Outcome:
     target, beside = _checked(args)
     console = wide_console(sys.stderr if args.json else sys.stdout)
     with without_devices():
-        name, graph, plan, symmetric = _model(args)
+        name, graph, plan, symmetric, formats = _model(args)
+        if args.latency:
+            beside = list(dict.fromkeys([FLOAT, *beside, *formats, *_formats_of(plan)]))
         inputs = batch_shapes(graph, args.batch_size)
         title = f"{name}: {target.name}, batches of {args.batch_size}"
         console.print(Text(title, style="bold"))
@@ -120,7 +135,33 @@ def aot(args: argparse.Namespace) -> Outcome:
         )
     _print(comparison, graph, plan, console)
     check_compiled(graph, plan, comparison.plan, target.name)
-    return Outcome(data | {"compiled": True, **_as_data(comparison, graph, plan)})
+    data |= {"compiled": True, **_as_data(comparison, graph, plan)}
+    if args.latency:
+        data["latency"] = _write_latency(args, comparison, graph, plan, console)
+    return Outcome(data)
+
+
+def _formats_of(plan: Plan) -> list[str]:
+    """The formats of a plan by which uniform plans are known."""
+    return [name for name in plan.counts() if name in FORMATS and name != "float"]
+
+
+def _write_latency(
+    args: argparse.Namespace, comparison: Comparison, graph: Graph, plan: Plan, console: Console
+) -> dict[str, Any]:
+    """Writes the table; says what it predicts of the plan beside what was compiled of it."""
+    clock = args.clock or find_target(args.target).clock
+    table = latency_table(comparison, graph, batch_size=args.batch_size, clock=clock)
+    save_latency(table, args.latency, info={"target": args.target, "clock": clock})
+    predicted = table.overhead + sum(table.of(n, layer) for n, layer in plan.layers.items())
+    compiled = (comparison.plan.cycles or 0) / clock
+    words = (
+        f"Latency    {args.latency}: {table.source}\n"
+        f"This plan  {1e6 * predicted:.1f} us by its layers, {1e6 * compiled:.1f} us as it was "
+        f"compiled ({100 * (predicted / compiled - 1):+.0f} %)"
+    )
+    console.print(Text(words))
+    return {"file": args.latency, "clock": clock, "predicted": predicted, "compiled": compiled}
 
 
 def _checked(args: argparse.Namespace) -> tuple[Target, list[str]]:
@@ -133,6 +174,8 @@ def _checked(args: argparse.Namespace) -> tuple[Target, list[str]]:
         raise ConfigError(f"--batch-size is {args.batch_size}; at least 1 was expected")
     if not args.run_folder and not (args.config and args.plan):
         raise ConfigError("aot needs a RUN, or --config FILE and --plan FILE (jaxrmils aot --help)")
+    if args.latency:
+        _check_latency(args, target)
     beside = [name.strip() for name in args.beside.split(",") if name.strip()]
     for name in beside:
         if name not in BESIDE:
@@ -140,11 +183,29 @@ def _checked(args: argparse.Namespace) -> tuple[Target, list[str]]:
     return target, beside
 
 
-def _model(args: argparse.Namespace) -> tuple[str, Graph, Plan, bool]:
-    """The task's name, its graph, the plan, and whether activations have no zero points."""
+def _check_latency(args: argparse.Namespace, target: Target) -> None:
+    """Whether there will be estimates to make a latency table of."""
+    if not target.clock:
+        timed = ", ".join(name for name, each in targets().items() if each.clock)
+        raise ConfigError(
+            f"--latency: for {target.name} no cycles are estimated; expected one of {timed}, or "
+            "measure with `jaxrmils profile`"
+        )
+    if not target.is_installed:
+        raise ImportError(
+            f"--latency needs the compiler for {target.name}, which is not installed: "
+            f"{target.install}"
+        )
+    if args.clock is not None and not args.clock > 0:
+        raise ConfigError(f"--clock is {args.clock}; expected cycles a second above 0")
+
+
+def _model(args: argparse.Namespace) -> tuple[str, Graph, Plan, bool, tuple[str, ...]]:
+    """The task's name, its graph, the plan, whether activations have no zero points, and the
+    formats that budgets would choose from."""
     if args.run_folder:
         folder = Path(args.run_folder)
-        _, task = commands.task_of(folder, args)
+        config, task = commands.task_of(folder, args)
         model = artifacts.load_model(folder / "model", task.apply)
         graph, plan = model.graph, model.plan
         symmetric = has_symmetric_grids(model)
@@ -158,7 +219,7 @@ def _model(args: argparse.Namespace) -> tuple[str, Graph, Plan, bool]:
         plan = uniform(table, args.plan) if is_format else artifacts.load_plan(args.plan)
         check_plan(plan, table)
     assert plan is not None
-    return task.name, graph, plan, symmetric
+    return task.name, graph, plan, symmetric, tuple(config.policy.formats)
 
 
 def _lowered_note(target: Target) -> str:

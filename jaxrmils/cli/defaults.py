@@ -96,7 +96,7 @@ def base_config() -> Any:
     config.policy.limits.bops = 0.0  # bit operations for one example
     config.policy.limits.bops_share = 0.0  # the same as a share of 32 x 32 bits
     config.policy.limits.latency = 0.0  # seconds; needs latency_table
-    config.policy.latency_table = ""  # budget: what `jaxrmils profile` wrote
+    config.policy.latency_table = ""  # budget: of `jaxrmils profile` or `aot --latency`
     # budget: squared, signed, upper_bound, joint_upper_bound, from the scores; or from a pass of
     # its own squared_output, fisher, hessian_trace, sqnr, measured (docs/objectives.md).
     config.policy.objective = "squared"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxrmils.artifacts import load_latency
 from jaxrmils.cli.main import BAD_INPUT, OK, USAGE, main
 from jaxrmils.lowering import quantized_model
 from jaxrmils.lowering.ahead import find_target
@@ -43,13 +44,22 @@ def run(config):
 
 def test_a_run_is_compiled_where_its_compiler_is_installed(run, capsys):
     capsys.readouterr()
-    assert main(["aot", str(run), "--target", "tpu:v5e", "--beside", "bfloat16", "--json"]) == OK
+    table = run / "latency.json"
+    options = ["--target", "tpu:v5e", "--beside", "bfloat16", "--json"]
+    if find_target("tpu:v5e").is_installed:
+        options += ["--latency", str(table), "--config.policy.formats=w8a8"]
+    assert main(["aot", str(run), *options]) == OK
     data = json.loads(capsys.readouterr().out)
     assert (data["target"], data["batch_size"]) == ("tpu:v5e", 8)
     assert data["compiled"] == find_target("tpu:v5e").is_installed
     if data["compiled"]:
         assert data["formats"] == {"Dense_0/kernel": "w8a8", "Dense_1/kernel": "float"}
-        assert list(data["programs"]) == ["bfloat16", "this plan"]
+        assert list(data["programs"]) == ["float32", "bfloat16", "w8a8", "this plan"]
+        latency = load_latency(table)
+        assert set(latency.seconds["Dense_1/kernel"]) == {"float", "w8a8"}
+        assert latency.backend == "tpu" and "1.5 GHz" in latency.source
+        own = data["latency"]
+        assert own["predicted"] == pytest.approx(own["compiled"], rel=0.5) and own["compiled"] > 0
         sites = data["programs"]["this plan"]["sites"]
         assert sites["Dense_0/kernel"]["operands"] == "s8 x s8"
         assert not sites["Dense_1/kernel"]["is_integer"]
@@ -71,6 +81,10 @@ def test_without_the_compiler_operands_are_shown_and_what_is_missing(
     printed = " ".join(capsys.readouterr().out.split())
     assert "Dense_0/kernel" in printed and "s8 x s8" in printed
     assert "pip install 'jaxrmils[tpu-aot]'" in printed and "cycles" in printed
+    assert main(["aot", str(run), "--latency", f"{run}/never.json"]) == BAD_INPUT
+    error = " ".join(capsys.readouterr().err.split())
+    assert "--latency needs the compiler for tpu:v5e, which is not installed: pip" in error
+    assert not (run / "never.json").exists()
 
 
 def test_a_plan_for_a_config_needs_no_run(config, run, capsys):
@@ -95,6 +109,7 @@ def test_a_planned_site_in_float_is_an_error_that_names_it(config, capsys, monke
     [
         (["--target", "tpu:v9"], USAGE, "Known targets: tpu:v4, tpu:v5e"),
         (["--batch-size", "0"], USAGE, "--batch-size is 0"),
+        (["--target", "cuda", "--latency", "x"], USAGE, "expected one of tpu:v4, tpu:v5e"),
         (["--beside", "int3"], USAGE, "unknown format 'int3'"),
         (["--plan", "nowhere.json"], BAD_INPUT, "nowhere.json does not exist"),
         (["--bach-size", "4"], USAGE, "did you mean --batch-size"),

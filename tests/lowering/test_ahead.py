@@ -12,6 +12,8 @@ from stages import table_of, traced
 from jaxrmils import tabulate, trace, uniform
 from jaxrmils.lowering import LoweringError, quantized_model
 from jaxrmils.lowering.ahead import (
+    THIS_PLAN,
+    Comparison,
     abstract_model,
     batch_shapes,
     check_compiled,
@@ -19,6 +21,7 @@ from jaxrmils.lowering.ahead import (
     check_plan_lowering,
     compile_for,
     find_target,
+    latency_table,
     targets,
     without_devices,
 )
@@ -181,13 +184,45 @@ def test_estimates_are_summed_over_loops_and_found_through_fusions():
     assert (endless.cycles, endless.unknown_loops) == (7 + 100 + 34 + 2000, 1)
 
 
-def test_compiled_float_sites_are_named():
+def three_layers():
     params = {name: random(4, 4, seed=i) for i, name in enumerate("abc")}
+    return trace(lambda p, x: x @ p["a"] @ p["b"] @ p["c"], params, random(2, 4))
 
-    def apply(params, x):
-        return x @ params["a"] @ params["b"] @ params["c"]
 
-    graph = trace(apply, params, random(2, 4))
+def test_estimates_become_a_latency_table():
+    whole, dear = text_cost(PROGRAM), text_cost(PROGRAM.replace('cycles":"7"', 'cycles":"9"'))
+    assert (whole.sites["a"].divided, whole.sites["c"].divided) == (50, 150)
+    programs = {THIS_PLAN: dear, "float32": dear, "bfloat16": dear, "w4a8": whole, "int8": whole}
+    found = latency_table(Comparison("tpu:v5e", programs, {}), three_layers(), batch_size=2)
+    formats = {"float": 59, "w4a8": 57, "w8a8": 57}
+    assert found.seconds["a"] == {n: pytest.approx(c / 1.5e9) for n, c in formats.items()}
+    assert found.seconds["b"]["w8a8"] == pytest.approx(50 / 1.5e9)
+    assert found.seconds["c"]["float"] == pytest.approx(170 / 1.5e9)
+    assert found.overhead == pytest.approx(2000 / 1.5e9)
+    assert found.backend == "tpu" and "assumed clock of 1.5 GHz" in found.source
+    slow = latency_table(
+        Comparison("tpu:v5e", programs, {}), three_layers(), batch_size=2, clock=1e9
+    )
+    assert slow.overhead == pytest.approx(2e-6) and "1 GHz" in slow.source
+
+
+@pytest.mark.parametrize(
+    ("target", "names", "refused", "message"),
+    [
+        ("tpu:v4", ["w8a8"], {}, "needs float32 and a format"),
+        ("tpu:v4", ["float32"], {"int4": "no"}, r"int4 could not be compiled \(no\)"),
+        ("cuda:h100", ["float32", "w8a8"], {}, "estimates no cycles"),
+    ],
+)
+def test_what_a_latency_table_lacks_is_said(target, names, refused, message):
+    silent = PROGRAM.replace("estimated_cycles", "elapsed") if "cuda" in target else PROGRAM
+    found = Comparison(target, dict.fromkeys(names, text_cost(silent)), refused)
+    with pytest.raises(LoweringError, match=message):
+        latency_table(found, three_layers(), batch_size=2)
+
+
+def test_compiled_float_sites_are_named():
+    graph = three_layers()
     plan = uniform(tabulate(graph), "int8")
     with pytest.raises(LoweringError, match=r"1 of 3 planned .* for tpu:v4: c \(f32 x f32\)"):
         check_compiled(graph, plan, text_cost(PROGRAM), "tpu:v4")

@@ -9,6 +9,8 @@ from jaxrmils.lowering.ahead.costs import Comparison as Comparison
 from jaxrmils.lowering.ahead.costs import check_compiled as check_compiled
 from jaxrmils.lowering.ahead.costs import check_target as check_target
 from jaxrmils.lowering.ahead.costs import site_costs as site_costs
+from jaxrmils.lowering.ahead.latency import estimated_latency as estimated_latency
+from jaxrmils.lowering.ahead.latency import latency_table as latency_table
 from jaxrmils.lowering.ahead.programs import Memory as Memory
 from jaxrmils.lowering.ahead.programs import ProgramCost as ProgramCost
 from jaxrmils.lowering.ahead.programs import SiteCost as SiteCost

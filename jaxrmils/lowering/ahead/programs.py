@@ -7,6 +7,7 @@ are not in them, and no device has run anything. The CUDA compiler gives none.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ class SiteCost:
       overhead: estimated cycles of all other instructions in the site's scope: quantization,
         corrections for zero points, scales; None without estimates.
       shares: other sites whose operation is in the same instruction, which counts for each.
+      divided: `cycles` with each instruction's divided evenly among the sites whose operations it
+        holds, so that sites can be summed.
     """
 
     operands: tuple[Operands, ...]
@@ -45,6 +48,7 @@ class SiteCost:
     cycles: int | None
     overhead: int | None
     shares: tuple[str, ...] = ()
+    divided: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,13 +138,18 @@ backend_config={"window_config":{"estimated_cycles":"70"}}
             products.setdefault(site, []).append((operands[0].dtype, operands[1].dtype))
             held_by = dict.fromkeys(_holders(text, instruction, runs))
             holders.setdefault(site, {}).update(held_by)
-    held = {holder for of_site in holders.values() for holder in of_site}
+    held = collections.Counter(h for site, own in holders.items() for h in own if site)
+    # Held, but nobody's: operations of no site.
+    held.update(dict.fromkeys(holders.get("", ()), 0))
+
+    def spent(holder: Instruction) -> int:
+        return holder.cycles * runs[holder.computation]
+
     overhead: dict[str, int] = {}
     for instruction in text.instructions.values():
         site = scoped_site(instruction)
         if site and instruction.computation in runs and instruction not in held:
-            cycles = instruction.cycles * runs[instruction.computation]
-            overhead[site] = overhead.get(site, 0) + cycles
+            overhead[site] = overhead.get(site, 0) + spent(instruction)
     names = [name for name in dict.fromkeys([*products, *overhead, *integer]) if name]
     sites = {
         name: SiteCost(
@@ -149,11 +158,12 @@ backend_config={"window_config":{"estimated_cycles":"70"}}
             is_integer=all(each in CODES for pair in products[name] for each in pair)
             if name in products
             else name in integer,
-            cycles=sum(h.cycles * runs[h.computation] for h in holders.get(name, ()))
-            if schedule.cycles
-            else None,
+            cycles=sum(spent(h) for h in holders.get(name, ())) if schedule.cycles else None,
             overhead=overhead.get(name, 0) if schedule.cycles else None,
             shares=_sharing(name, holders),
+            divided=sum(spent(h) / held[h] for h in holders.get(name, ()))
+            if schedule.cycles
+            else None,
         )
         for name in names
     }
