@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxrmils.evaluation.simulate import EvaluationError
 from jaxrmils.graph import Graph, SiteCall, interpret
 from jaxrmils.numerics.calibration import Ranges
+from jaxrmils.numerics.placement import spread_exactly, to_host, with_params
 from jaxrmils.policies import Plan, formats_of
 from jaxrmils.sensitivity import WEIGHT_CANDIDATES, Formats, weight_noise
 from jaxrmils.sensitivity.contraction import noise
@@ -25,7 +27,12 @@ Shifts = Mapping[str, tuple[Any, ...]]
 
 
 def mean_noise(
-    graph: Graph, params: Any, plan: Plan, batches: Sequence[tuple[Any, Any]], ranges: Ranges
+    graph: Graph,
+    params: Any,
+    plan: Plan,
+    batches: Sequence[tuple[Any, Any]],
+    ranges: Ranges,
+    sharding: NamedSharding | None = None,
 ) -> Shifts:
     """The mean of Q(z) - z over the elements of every planned operand, in the quantized network.
 
@@ -35,6 +42,7 @@ def mean_noise(
       plan: what is quantized.
       batches: `(inputs, targets)` batches.
       ranges: the ranges that the plan was made with.
+      sharding: how the examples' axis is split over a mesh, as in `score`.
 
     Returns:
       Per site, one float32 array per activation operand: shape (), or one number for every layer of
@@ -43,17 +51,18 @@ def mean_noise(
     Raises:
       EvaluationError: no data.
     """
-    formats = formats_of(graph, plan)
+    formats, grids = formats_of(graph, plan), to_host(ranges.grids)
     handler = functools.partial(_record, formats)
 
     @jax.jit
     def step(params: Any, noise: Any, inputs: Any) -> Any:
         leaves = jax.tree.leaves(params)
-        return interpret(graph, handler, leaves, inputs, weights=noise, state=ranges.grids)[1]
+        return interpret(graph, handler, leaves, inputs, weights=noise, state=grids)[1]
 
+    params = with_params(params, sharding)
     deltas = jax.jit(lambda p: weight_noise(graph, p))(params)
     total: Any = None
-    for inputs, _ in batches:
+    for inputs, _ in spread_exactly((inputs for inputs, _ in batches), sharding):
         found = jax.tree.map(
             lambda x: np.asarray(x, np.float64), jax.device_get(step(params, deltas, inputs))
         )

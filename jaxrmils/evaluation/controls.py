@@ -32,6 +32,7 @@ from jaxrmils.evaluation.temperature import (
 from jaxrmils.graph import Graph, ModelTable, tabulate
 from jaxrmils.numerics import Rounding
 from jaxrmils.numerics.calibration import Ranges
+from jaxrmils.numerics.placement import to_host
 from jaxrmils.policies import LayerPlan, Plan, check_plan, uniform
 from jaxrmils.policies.constraints import nearest_layer
 from jaxrmils.policies.formats import parse_format
@@ -279,9 +280,16 @@ class _Bench:
 
     def shift(self) -> _Row:
         s = self.simulation
-        shifts = mean_noise(s.graph, s.params, self.plan, self.fit_batches, s.ranges)
+        shifts = to_host(
+            mean_noise(s.graph, s.params, self.plan, self.fit_batches, s.ranges, s.sharding)
+        )
         measured = measure(
-            s.graph, lambda x: shifted_apply(s.graph, s.params, shifts, x), self.batches, s.loss
+            s.graph,
+            lambda params, x: shifted_apply(s.graph, params, shifts, x),
+            self.batches,
+            s.loss,
+            params=s.params,
+            sharding=s.sharding,
         )
         note = "the plan's mean noise at every operand, as a constant"
         return _Row(SHIFT, "float", self.table.float_bits, measured, note)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxrmils.evaluation.metrics import Metrics, metric_values
 from jaxrmils.evaluation.simulate import (
@@ -15,24 +16,27 @@ from jaxrmils.evaluation.simulate import (
     Measured,
     SimulatedModel,
     classifies,
-    joined,
+    merged,
+    with_fitting_targets,
 )
 from jaxrmils.graph import Graph
 from jaxrmils.lowering import QuantizedModel
 from jaxrmils.numerics.calibration import Ranges
+from jaxrmils.numerics.placement import spread, with_params
 from jaxrmils.policies import Plan
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import Loss
-from jaxrmils.sensitivity.scores import check_targets
 
 
 def measure(
     graph: Graph,
-    apply: Callable[[Any], Any],
+    apply: Callable[..., Any],
     batches: Batches,
     loss: Loss,
     *,
+    params: Any = None,
     metrics: Metrics | None = None,
+    sharding: NamedSharding | None = None,
     progress: Progress = silent,
     description: str = "measuring",
 ) -> Measured:
@@ -40,10 +44,13 @@ def measure(
 
     Args:
       graph: the traced model, to check the targets against.
-      apply: `apply(inputs) -> outputs`; it is jitted here.
-      batches: `(inputs, targets)` batches.
+      apply: `apply(inputs) -> outputs`, or `apply(params, inputs)` with params; jitted here.
+      batches: `(inputs, targets)` batches; smaller ones than the first are filled up, so that they
+        do not compile again.
       loss: `loss(outputs, targets) -> [batch]`.
+      params: what apply reads, so that it stays where it lies and is no constant of the program.
       metrics: computed from all outputs, which are kept in host memory until then; None for none.
+      sharding: how the examples' axis is split over a mesh, as in `score`.
       progress: see `jaxrmils.progress`.
       description: what the progress bar says.
 
@@ -53,28 +60,24 @@ def measure(
     Raises:
       EvaluationError: no data, a loss that is not finite, or metrics that do not fit.
       ScoreError: targets that do not fit.
+      PlacementError: a sharding by which batches can't be spread.
     """
 
     @jax.jit
-    def step(inputs: Any, targets: Any) -> tuple[Any, Any, Any]:
-        outputs = apply(inputs)
+    def step(params: Any, inputs: Any, targets: Any) -> tuple[Any, Any, Any]:
+        outputs = apply(inputs) if params is None else apply(params, inputs)
         kept = None if metrics is None else outputs
         return loss(outputs, targets), _correct(outputs, targets), kept
 
-    losses, right, kept = [], [], []
+    params = with_params(params, sharding)
     total = len(batches) if isinstance(batches, Sequence) else None
-    for number, (inputs, targets) in enumerate(progress(batches, description, total)):
-        check_targets(graph, inputs, targets, number)
-        values, correct, outputs = step(inputs, targets)
-        losses.append(np.asarray(values, np.float64))
-        right.append(correct)
-        kept.append(jax.tree.map(np.asarray, outputs))
-    merged = joined(losses, description)
-    correct = None if right[0] is None else np.concatenate([np.asarray(r) for r in right])
+    read = with_fitting_targets(graph, progress(batches, description, total))
+    parts = [placed.taken(step(params, *placed.values)) for placed in spread(read, sharding)]
+    found = merged(parts, description)
     if metrics is None:
-        return Measured(merged, correct)
-    outputs = jax.tree.map(lambda *parts: np.concatenate(parts), *kept)
-    return Measured(merged, correct, metrics=metric_values(metrics, outputs, merged.size))
+        return found
+    values = metric_values(metrics, found.outputs, found.loss.size)
+    return Measured(found.loss, found.correct, metrics=values)
 
 
 def _correct(outputs: Any, targets: Any) -> Any:

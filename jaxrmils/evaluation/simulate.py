@@ -6,7 +6,7 @@ one forward pass each and one compilation together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,13 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxrmils.graph import Graph
 from jaxrmils.numerics.calibration import Ranges
+from jaxrmils.numerics.placement import spread, to_host, with_params
 from jaxrmils.policies import Plan
 from jaxrmils.policies.simulation import plan_switches
 from jaxrmils.sensitivity import Loss, all_off, perturbed_outputs, weight_noise
-from jaxrmils.sensitivity.scores import check_targets, padded
+from jaxrmils.sensitivity.scores import check_targets
 
 Batches = Iterable[tuple[Any, Any]]
 
@@ -55,12 +57,14 @@ class SimulatedModel:
       params: the float parameters.
       ranges: the ranges that the plans were made with.
       loss: `loss(outputs, targets) -> [batch]`.
+      sharding: how the examples' axis is split over a mesh, as in `score`.
     """
 
     graph: Graph
     params: Any
     ranges: Ranges
     loss: Loss
+    sharding: NamedSharding | None = None
 
     def run(
         self,
@@ -85,37 +89,29 @@ class SimulatedModel:
         Raises:
           EvaluationError: no data, or a loss that is not finite.
           PlanError: the plan quantizes an operand without a range.
+          PlacementError: a sharding by which batches can't be spread.
         """
-        switches = self._switches(plan)
-        size = 0
-        losses, right, kept = [], [], []
-        for number, (inputs, targets) in enumerate(batches):
-            check_targets(self.graph, inputs, targets, number)
-            count = jax.tree.leaves(inputs)[0].shape[0]
-            size = size or count
-            x, y = padded((inputs, targets), size)
+        settings = (self._switches(plan), np.float32(temperature))
+        parts = []
+        for placed in spread(with_fitting_targets(self.graph, batches), self.sharding):
             loss, correct, outputs = self._step(
-                self.params, self._noise, x, y, switches, jnp.float32(temperature)
+                self._params, self._noise, *placed.values, *settings
             )
-            losses.append(np.asarray(loss)[:count])
-            if correct is not None:
-                right.append(np.asarray(correct)[:count])
-            if keep_outputs:
-                kept.append(jax.tree.map(lambda a, n=count: np.asarray(a)[:n], outputs))
-        return Measured(
-            joined(losses, "simulating"),
-            np.concatenate(right) if right else None,
-            jax.tree.map(lambda *parts: np.concatenate(parts), *kept) if kept else None,
-        )
+            parts.append(placed.taken((loss, correct, outputs if keep_outputs else None)))
+        return merged(parts, "simulating")
+
+    @cached_property
+    def _params(self) -> Any:
+        return with_params(self.params, self.sharding)
 
     def _switches(self, plan: Plan | None) -> Any:
         if plan is None:
-            return all_off(self.graph, self.ranges)
-        return plan_switches(self.graph, self.ranges, plan)
+            return to_host(all_off(self.graph, self.ranges))
+        return to_host(plan_switches(self.graph, self.ranges, plan))
 
     @cached_property
     def _noise(self) -> Any:
-        return jax.jit(lambda params: weight_noise(self.graph, params))(self.params)
+        return jax.jit(lambda params: weight_noise(self.graph, params))(self._params)
 
     @cached_property
     def _step(self) -> Any:
@@ -155,6 +151,20 @@ def classifies(outputs: Any, targets: Any) -> bool:
     if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
         return False
     return targets.ndim == 1 and bool(jnp.issubdtype(targets.dtype, jnp.integer))
+
+
+def with_fitting_targets(graph: Graph, batches: Batches) -> Iterator[tuple[Any, Any]]:
+    """The batches; ScoreError where targets do not fit the inputs."""
+    for number, (inputs, targets) in enumerate(batches):
+        check_targets(graph, inputs, targets, number)
+        yield inputs, targets
+
+
+def merged(parts: Sequence[tuple[Any, Any, Any]], description: str) -> Measured:
+    """Losses, hits (or None) and outputs (or None) of all batches; EvaluationError as `joined`."""
+    losses = joined([loss for loss, _, _ in parts], description)
+    _, correct, outputs = jax.tree.map(lambda *each: np.concatenate(each), *parts)
+    return Measured(losses, correct, outputs)
 
 
 def joined(losses: Sequence[Any], description: str) -> np.ndarray:

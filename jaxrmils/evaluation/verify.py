@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxrmils.evaluation.controls import Control, controls, explanations
 from jaxrmils.evaluation.curve import CurvePoint, calibration_curve
@@ -20,6 +21,7 @@ from jaxrmils.graph import Coverage, Graph
 from jaxrmils.lowering import QuantizedModel, compiled_integer_sites
 from jaxrmils.lowering.table import remarks
 from jaxrmils.numerics.calibration import Ranges
+from jaxrmils.numerics.placement import PlacementError, with_params
 from jaxrmils.policies import Plan, attribute, predict, predict_second_order
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import Curvature, Loss, Scores
@@ -146,6 +148,7 @@ def verify(
     compare: Sequence[str] = ("int8", "int4"),
     unit: str = "nats",
     seed: int = 0,
+    sharding: NamedSharding | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Measures a quantized model against its float model and puts the result into words.
@@ -179,6 +182,8 @@ def verify(
       compare: uniform formats among the controls.
       unit: of the loss.
       seed: of the control with random directions.
+      sharding: how the examples' axis is split over a mesh, as in `score`; parameters of both
+        models stay as they lie on it. In one process alone.
       progress: see `jaxrmils.progress`.
 
     Returns:
@@ -187,6 +192,7 @@ def verify(
     Raises:
       EvaluationError: no data, groups of another length, losses that are not finite, or metrics
         of another length or outside [0, 1].
+      PlacementError: a sharding by which batches can't be spread, or several processes.
 
     >>> import jaxrmils as jr
     >>> params = {"w": np.eye(3, dtype=np.float32)}
@@ -204,12 +210,20 @@ def verify(
         raise EvaluationError("the held-out data holds no batches")
     if selection and ranges is None:
         raise EvaluationError("selection data was given for the controls; they need ranges= too")
+    if sharding is not None and jax.process_count() > 1:
+        raise PlacementError(
+            f"verify runs in one process, found {jax.process_count()}; give it a mesh of this "
+            "process's devices in a job of its own"
+        )
     _check_groups("groups", groups, batches)
     if selection:
         _check_groups("selection_groups", selection_groups, selection)
-    run = partial(measure, graph, batches=batches, loss=loss, metrics=metrics, progress=progress)
-    before = run(lambda x: graph.apply(params, x), description="measuring the float model")
-    after = run(model, description="measuring the integer model")
+    params = with_params(params, sharding)
+    model = replace(model, params=with_params(model.params, sharding))
+    data = {"batches": batches, "loss": loss, "metrics": metrics, "sharding": sharding}
+    run = partial(measure, graph, **data, progress=progress)
+    before = run(graph.apply, params=params, description="measuring the float model")
+    after = run(model.apply, params=model.params, description="measuring the integer model")
     changes = after.loss - before.loss
     if margin is None:
         margin = _margin(model.plan, before.loss if scores is None else scores.loss, unit)
@@ -219,7 +233,7 @@ def verify(
     simulated = _Simulated()
     if ranges is not None:
         simulated = _simulate(
-            SimulatedModel(graph, params, ranges, loss),
+            SimulatedModel(graph, params, ranges, loss, sharding),
             model.plan,
             batches,
             selection,
@@ -280,7 +294,8 @@ def _simulate(
         # One call for both splits compiles once.
         others = selection or ()
         data = progress(chain(batches, others), "attributing", len(batches) + len(others))
-        found = attribute(s.graph, s.params, plan, data, s.loss, s.ranges, points=points)
+        options = {"points": points, "sharding": s.sharding}
+        found = attribute(s.graph, s.params, plan, data, s.loss, s.ranges, **options)
         n = sum(len(jax.tree.leaves(inputs)[0]) for inputs, _ in batches)
         total = found.change - found.residual
         result = replace(

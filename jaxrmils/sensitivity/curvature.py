@@ -30,21 +30,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxrmils.graph import Graph, SiteCall
 from jaxrmils.graph.checks import check_finite
 from jaxrmils.graph.naming import leaf_names
 from jaxrmils.numerics.calibration import Ranges, check_params
+from jaxrmils.numerics.placement import Placed, in_reading_order, spread, to_host, with_params
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity.candidates import ACTIVATION_CANDIDATES, WEIGHT_CANDIDATES, Candidate
 from jaxrmils.sensitivity.contraction import noise as activation_noise
-from jaxrmils.sensitivity.scores import check_targets, padded
+from jaxrmils.sensitivity.scores import check_targets
 from jaxrmils.sensitivity.tangent import (
     Loss,
     ScoreError,
@@ -142,7 +144,8 @@ def second_order(
     if noise is None:
         noise = weight_noise(graph, params, weight_candidates)
 
-    data = (params, noise, inputs, targets, key, start)
+    count = jax.tree.leaves(inputs)[0].shape[0]
+    data = (params, noise, inputs, targets, key, start + jnp.arange(count))
 
     def mean(candidates: tuple[Candidate, ...], of_weights: bool) -> dict[str, Any]:
         probe = functools.partial(_probe, graph, loss, ranges, candidates, of_weights, *data)
@@ -179,10 +182,13 @@ def _probe(
     inputs: Any,
     targets: Any,
     key: Any,
-    start: Any,
+    examples: Any,
     number: Any,
 ) -> dict[str, Any]:
     """One estimate of half the Hessian's diagonal, for candidate `number` modulo their count.
+
+    Args:
+      examples: int32 [batch], the examples' numbers, which their signs are drawn by.
 
     Returns:
       Per site, float32 [batch, operands]; per weight with `of_weights`, float32 [batch].
@@ -202,14 +208,14 @@ def _probe(
             with_noise = functools.partial(handler, multipliers)
             return per_example(graph, with_noise, loss, leaves, inputs, targets, **values)
 
-        own_key = jax.random.split(jax.random.fold_in(key, start + example))[int(of_weights)]
+        own_key = jax.random.split(jax.random.fold_in(key, example))[int(of_weights)]
         signs = _signs(jax.random.fold_in(own_key, number), zeros)
         _, product = jax.jvp(jax.grad(example_loss), (zeros,), (signs,))
         return jax.tree.map(lambda sign, value: sign * value / 2, signs, product)
 
     if not zeros:
         return {}
-    return jax.vmap(one)(inputs, targets, jnp.arange(jax.tree.leaves(inputs)[0].shape[0]))
+    return jax.vmap(one)(inputs, targets, examples)
 
 
 def _signs(key: Any, like: dict[str, Any]) -> dict[str, Any]:
@@ -328,6 +334,7 @@ def curvature(
     probes: int = 1,
     activation_candidates: Sequence[Candidate] = ACTIVATION_CANDIDATES,
     weight_candidates: Sequence[Candidate] = WEIGHT_CANDIDATES,
+    sharding: NamedSharding | None = None,
     progress: Progress = silent,
 ) -> Curvature:
     """Second-order terms over a selection set; see `second_order`.
@@ -342,6 +349,8 @@ def curvature(
       probes: estimates per example and candidate.
       activation_candidates: formats for activations.
       weight_candidates: formats for weights.
+      sharding: how the examples' axis is split over a mesh, as in `score`. On several hosts the
+        signs are others than on one, and as good.
       progress: see `jaxrmils.progress`.
 
     Returns:
@@ -350,67 +359,77 @@ def curvature(
     Raises:
       ScoreError: no data, targets that do not fit, estimates that are not finite.
       TraceError: params are not the traced model's, NaN in inputs.
+      PlacementError: a sharding by which batches can't be spread.
     """
     _check_probes(probes)
+    params = with_params(params, sharding)
     check_params(graph, params)
     check_ranges(graph, ranges)
     activation_candidates = tuple(activation_candidates)
     weight_candidates = tuple(weight_candidates)
     noise = jax.jit(lambda p: weight_noise(graph, p, weight_candidates))(params)
+    ranges = to_host(ranges)
 
     # One compiled pass for operands and one for weights, called for every candidate and probe.
-    steps = {
-        of_weights: (
-            len(candidates),
-            jax.jit(functools.partial(_probe, graph, loss, ranges, candidates, of_weights)),
-        )
-        for of_weights, candidates in ((False, activation_candidates), (True, weight_candidates))
-    }
+    def compiled(candidates: tuple[Candidate, ...], of_weights: bool) -> Any:
+        def step(params: Any, noise: Any, x: Any, y: Any, examples: Any, number: Any) -> Any:
+            data = (params, noise, x, y, jax.random.key(seed), examples, number)
+            return _probe(graph, loss, ranges, candidates, of_weights, *data)
 
-    def estimate(of_weights: bool, inputs: Any, targets: Any, start: int) -> dict[str, Any]:
-        count, step = steps[of_weights]
-        data = (params, noise, inputs, targets, jax.random.key(seed), jnp.int32(start))
-        found = [jax.device_get(step(*data, jnp.int32(n))) for n in range(probes * count)]
+        return len(candidates), jax.jit(step)
+
+    steps = [compiled(activation_candidates, False), compiled(weight_candidates, True)]
+
+    def estimate(placed: Placed, examples: np.ndarray, count: int, step: Any) -> dict[str, Any]:
+        data = (params, noise, *placed.values, examples)
+        found = [placed.taken(step(*data, np.int32(n))) for n in range(probes * count)]
         means = [
             jax.tree.map(lambda *v: np.mean(v, axis=0), *found[k::count]) for k in range(count)
         ]
         return jax.tree.map(lambda *v: np.stack(v, axis=-1), *means) if means else {}
 
     parts: list[SecondOrder] = []
-    total = len(batches) if isinstance(batches, Sequence) else None
-    start = size = 0
-    for number, (inputs, targets) in enumerate(progress(batches, "second order", total)):
-        check_finite(inputs, f"selection batch {number}", leaf_names(inputs))
-        check_targets(graph, inputs, targets, number)
-        count = jax.tree.leaves(inputs)[0].shape[0]
-        if count == 0:
-            continue
-        size = size or count
-        inputs, targets = padded((inputs, targets), size)
-        found = SecondOrder(
-            estimate(False, inputs, targets, start),
-            estimate(True, inputs, targets, start),
-            activation_candidates,
-            weight_candidates,
-        )
-        parts.append(jax.tree.map(lambda x, n=count: x[:n], found))
+    readers: list[np.ndarray] = []
+    start = 0
+    for number, placed in enumerate(spread(_read(graph, batches, progress), sharding)):
+        count = placed.rows.size
+        examples = np.zeros(jax.tree.leaves(placed.values)[0].shape[0], np.int32)
+        examples[placed.rows] = np.arange(start, start + count)
+        operands, weights = (estimate(placed, examples, *each) for each in steps)
+        parts.append(SecondOrder(operands, weights, activation_candidates, weight_candidates))
+        readers.append(placed.readers)
         _check_estimates(parts[-1], number)
         start += count
     if not parts:
         raise ScoreError("the selection data holds no examples")
     merged = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    merged = in_reading_order(np.concatenate(readers), merged)
+    return _by_row(graph, ranges, merged, start)
+
+
+def _read(graph: Graph, batches: Iterable[Any], progress: Progress) -> Iterator[tuple[Any, Any]]:
+    """The batches; TraceError for values that are not finite, ScoreError for targets."""
+    total = len(batches) if isinstance(batches, Sequence) else None
+    for number, (inputs, targets) in enumerate(progress(batches, "second order", total)):
+        check_finite(inputs, f"selection batch {number}", leaf_names(inputs))
+        check_targets(graph, inputs, targets, number)
+        yield inputs, targets
+
+
+def _by_row(graph: Graph, ranges: Ranges, found: SecondOrder, count: int) -> Curvature:
+    """The estimates of all examples as matrices."""
     rows = tuple((site, i) for site, stats in ranges.stats.items() for i in range(len(stats)))
     names = tuple(graph.weights)
-    operands = [merged.activations[site][:, i] for site, i in rows if merged.activations]
-    weights = [merged.weights[name] for name in names if merged.weights]
+    operands = [found.activations[site][:, i] for site, i in rows if found.activations]
+    weights = [found.weights[name] for name in names if found.weights]
     return Curvature(
         fingerprint=graph.fingerprint,
-        activations=_stack(operands, (start, len(rows), len(activation_candidates))),
-        weights=_stack(weights, (start, len(names), len(weight_candidates))),
+        activations=_stack(operands, (count, len(rows), len(found.activation_candidates))),
+        weights=_stack(weights, (count, len(names), len(found.weight_candidates))),
         activation_rows=rows,
         weight_rows=names,
-        activation_candidates=activation_candidates,
-        weight_candidates=weight_candidates,
+        activation_candidates=found.activation_candidates,
+        weight_candidates=found.weight_candidates,
     )
 
 

@@ -7,11 +7,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxrmils as jr
+from jaxrmils.evaluation.constant_shift import mean_noise
 from jaxrmils.numerics.progress_checkpoint import digest
 from jaxrmils.policies import Simulator
-from jaxrmils.sensitivity import weight_noise
+from jaxrmils.sensitivity import Candidate, weight_noise
 from jaxrmils.sensitivity.moments import score_moments
 
+FEW = {"activation_candidates": (Candidate(4),), "weight_candidates": ()}
 TENSOR_PARALLEL = {"a": P(None, "model"), "stack": P(None, None, "model"), "b": P("model", None)}
 FULLY_SHARDED = {"a": P("data"), "stack": P(None, "data"), "b": P("data")}
 
@@ -96,6 +98,22 @@ def check(expected, found):
             np.testing.assert_allclose(many, one, rtol=0, atol=1e-4 * scale, err_msg=name)
 
 
+def judged(graph, params, ranges, sharding):
+    """Curvature, and what a report measures; controls are simulated as layers are."""
+    batches = [(x, y.astype(np.float32)) for x, y in data()]
+    bent = jr.curvature(graph, params, batches, loss, ranges, sharding=sharding, **FEW)
+    plan = jr.uniform(jr.tabulate(graph), "w4a8")
+    model = jr.quantize(graph, params, plan, ranges)
+    options = {"ranges": ranges, "attributed": False, "sharding": sharding}
+    report = jr.verify(graph, params, model, batches, loss, **options)
+    changes = [report.test.mean, report.test.upper_bound]
+    changes += [layer.measured.mean for layer in report.layers]
+    shifts = mean_noise(graph, params, plan, batches, ranges, sharding)
+    # Changes beside the loss that they are differences of.
+    judged = np.array([report.float_loss, *changes])
+    return {"curvature": bent.activations, "report": judged, "shifts": shifts}
+
+
 def quantized(graph, params, sharded, mesh):
     """The integer model with sharded parameters gives the same numbers."""
     x = data()[0][0]
@@ -119,6 +137,9 @@ def main():
     }
     sharded = place(mesh, TENSOR_PARALLEL)
     check(one, everything(graph, sharded, data(), NamedSharding(mesh, P("data"))))
+    ranges = jr.calibrate(graph, params, [x for x, _ in data()], estimator="minmax")
+    spread = NamedSharding(mesh, P("data"))
+    check(judged(graph, params, ranges, None), judged(graph, sharded, ranges, spread))
     quantized(graph, params, sharded, mesh)
     assert digest(sharded) == digest(params)
     noise = jax.jit(lambda p: weight_noise(graph, p))(sharded)
