@@ -80,6 +80,8 @@ def check_config(config: Any, graph: Graph) -> None:
             f"batch_size {config.batch_size}, verify.margin {config.verify.margin} and "
             f"verify.alpha {config.verify.alpha}: expected >= 0, >= 0, and between 0 and 0.5"
         )
+    if config.memory_bytes <= 0:
+        raise ConfigError(f"memory_bytes is {config.memory_bytes}; expected bytes above 0")
     if config.loss != "task":
         _check_without_labels(config)
     if config.scores == "moments":

@@ -43,7 +43,10 @@ def base_config() -> Any:
     config.data.calibration_where = ()
     config.data.calibration_splits = ("ranges",)  # or ("ranges", "selection")
     config.data.calibration_trained_on = False
-    config.batch_size = 125  # 0 for as many examples as fit into 2 GB
+    config.batch_size = 125  # 0 for as many examples as fit, at most 250
+    config.memory_bytes = 2_000_000_000  # what that may take, beside the parameters
+    # Count exactly what the programs need, parameters included: compiles them a few times more.
+    config.batch_size_exact = False
     # What is kept low: "task", or without labels the distance to the float model's own outputs,
     # "kl" (of their softmax) or "squared".
     config.loss = "task"

@@ -18,6 +18,7 @@ from jaxrmils.cli.checks import (
 )
 from jaxrmils.cli.config import ConfigError, resolve_function
 from jaxrmils.cli.costs import budget_plan, measured
+from jaxrmils.cli.defaults import base_config
 from jaxrmils.data import Batches, DataError, Dataset, Splits, Task, check_disjoint
 from jaxrmils.data.splits import SPLIT_NAMES
 from jaxrmils.evaluation import Metrics, Report, verify
@@ -30,12 +31,14 @@ from jaxrmils.policies import (
     Lossless,
     Plan,
     Tangents,
+    batch_size_for,
     lossless,
     mu_values,
     rmils,
     steps_of,
     uniform,
 )
+from jaxrmils.policies.batch_size import Step
 from jaxrmils.policies.tangents import mean_loss
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import (
@@ -121,13 +124,41 @@ def _one_example(rows: Any) -> jax.ShapeDtypeStruct:
 
 
 def with_batch_size(config: Any, graph: Graph, task: Task) -> Any:
-    """The config, with a batch size that fits into 2 GB where it says 0."""
+    """The config, with a batch size that fits into memory where it says 0."""
     if config.batch_size:
         return config
+    memory = config.get("memory_bytes", base_config().memory_bytes)  # a run of an earlier version
+    one = _shapes(task)
+    size = fitting_batch_size(graph, task.shapes, task.loss, *one, memory_bytes=memory)
+    return _with_size(config, size)
+
+
+def with_exact_batch_size(
+    config: Any, graph: Graph, params: Any, task: Task, ranges: Ranges
+) -> Any:
+    """The config, with the batch size at which the programs of a run fit, as they are compiled.
+
+    Raises:
+      ScoreError: not even a single example fits.
+    """
+    steps: list[Step] = ["score"] if config.loss == "task" else ["simulate"]
+    if config.policy.name == "lossless" or config.policy.refine or config.verify.attribute:
+        steps.append("attribute")
+    known = (graph, params, task.loss, ranges, *_shapes(task))
+    points = config.verify.points
+    return _with_size(
+        config, batch_size_for(config.memory_bytes, *known, steps=steps, points=points)
+    )
+
+
+def _shapes(task: Task) -> Any:
     data = task.dataset
-    one = jax.tree.map(_one_example, (data.inputs, data.targets))
+    return jax.tree.map(_one_example, (data.inputs, data.targets))
+
+
+def _with_size(config: Any, size: int) -> Any:
     config = config.copy_and_resolve_references()
-    config.batch_size = fitting_batch_size(graph, task.shapes, task.loss, *one)
+    config.batch_size = size
     return config
 
 
@@ -281,22 +312,26 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
             "config field scores is 'moments', but the data's examples belong to groups, whose "
             "standard errors need every example; use scores 'examples'"
         )
+    is_exact = config.batch_size_exact and not config.batch_size
     config = with_batch_size(config, graph, task)
     params = task.load_params()
     given = task
     if config.loss != "task":
         size = config.batch_size
         task = without_labels(task, graph, params, config.loss, size, progress=progress)
-    size, settings = config.batch_size, config.ranges
+    settings = config.ranges
     ranges = calibrate(
         graph,
         params,
-        batches(task.split("ranges"), size).inputs(),
+        batches(task.split("ranges"), config.batch_size).inputs(),
         estimator=settings.estimator,
         symmetric=settings.symmetric,
         percentile=settings.percentile,
         progress=progress,
     )
+    if is_exact:
+        config = with_exact_batch_size(config, graph, params, task, ranges)
+    size = config.batch_size
     selection = batches(task.split("selection"), size)
     arguments = (graph, params, selection, task.loss, ranges)
     scores = costs = second_order = None

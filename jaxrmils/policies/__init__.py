@@ -9,6 +9,7 @@ from jaxrmils.policies.assign import plan_from_tree as plan_from_tree
 from jaxrmils.policies.attribution import PlanAttribution as PlanAttribution
 from jaxrmils.policies.attribution import attribute as attribute
 from jaxrmils.policies.attribution import formats_of as formats_of
+from jaxrmils.policies.batch_size import batch_size_for as batch_size_for
 from jaxrmils.policies.budget import CAPABILITIES as CAPABILITIES
 from jaxrmils.policies.budget import InfeasibleBudgetError as InfeasibleBudgetError
 from jaxrmils.policies.budget import LatencyTable as LatencyTable

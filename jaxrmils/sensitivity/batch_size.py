@@ -27,7 +27,8 @@ def fitting_batch_size(
 ) -> int:
     """A batch size whose forward and backward passes fit into memory.
 
-    From shapes alone: nothing is computed or compiled.
+    From shapes alone, with a safety factor: nothing is computed or compiled. `batch_size_for` asks
+    the compiler.
 
     Args:
       graph: from `trace`.

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import jaxrmils as jr
+from jaxrmils.policies import batch_size, batch_size_for
 from jaxrmils.sensitivity import ScoreError, contributions
-from jaxrmils.sensitivity.batch_size import example_bytes, fitting_batch_size
+from jaxrmils.sensitivity.batch_size import SIZES, example_bytes, fitting_batch_size
 from jaxrmils.zoo import cross_entropy
 
 SIDE, WIDTH, DEPTH = 16, 8, 4
@@ -56,6 +57,37 @@ def test_the_scoring_step_fits(graph):
     size = fitting_batch_size(graph, PARAMS, cross_entropy, IMAGES, LABELS, memory_bytes=limit)
     assert 2 <= size < 40
     assert limit / 10 < temporary(size) < limit
+
+
+def test_the_compiled_size_fits_and_the_next_does_not(monkeypatch):
+    params, x = {"w": np.ones((64, 64), np.float32)}, np.ones((4, 64), np.float32)
+    small = jr.trace(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"], params, x)
+    squares = lambda outputs, targets: jnp.sum((outputs - targets) ** 2, axis=-1)  # noqa: E731
+    ranges = jr.calibrate(small, params, [x], estimator="minmax")
+    compiled = {}
+    program_bytes = batch_size._bytes
+
+    def bytes_of(lowered):
+        count = jax.tree.leaves(lowered.in_avals)[-1].shape[0]
+        compiled.setdefault(count, []).append(program_bytes(lowered))
+        return compiled[count][-1]
+
+    monkeypatch.setattr(batch_size, "_bytes", bytes_of)
+    known = (small, params, squares, ranges, x, x)
+    limit = 2.5e5
+    found = batch_size_for(limit, *known, steps=("score", "attribute"))
+    following = SIZES[SIZES.index(found) - 1]
+    assert max(compiled[found]) <= limit < max(compiled[following])
+    assert len(compiled) <= 4 and all(len(each) == 2 for each in compiled.values())
+    # What the compiler says is what the step takes.
+    rows = np.ones((found, 64), np.float32)
+    step = jax.jit(lambda p, x, y: contributions(small, p, x, y, squares, ranges))
+    analysis = step.lower(params, rows, rows).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < compiled[found][0] < 4 * analysis.temp_size_in_bytes
+    with pytest.raises(ScoreError, match=r"a batch of 4 takes [\d,]+ bytes, parameters and"):
+        batch_size_for(1000, *known, sizes=(4,))
+    with pytest.raises(ScoreError, match="steps of"):
+        batch_size_for(limit, *known, steps=("scores",))
 
 
 def test_the_size_follows_the_memory(graph):
