@@ -5,32 +5,37 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
 from rich.text import Text
 
 from jaxrmils import artifacts
-from jaxrmils.artifacts.folder import read_manifest
-from jaxrmils.artifacts.latency_file import load_latency
-from jaxrmils.artifacts.moments_file import kept_scores, load_kept
 from jaxrmils.artifacts.pareto_file import (
     FOLDER,
     pareto_document,
     save_pareto,
     sources,
 )
-from jaxrmils.artifacts.report_files import RUN_KIND, RunFolder, load_run
-from jaxrmils.cli import commands, pipeline, profile_command
+from jaxrmils.artifacts.report_files import RUN_KIND
+from jaxrmils.cli import pipeline
 from jaxrmils.cli.budget_printing import pareto_table, picks_document, print_picks
-from jaxrmils.cli.checks import BUDGET_OBJECTIVES, budget_settings, check_choice, limits_of
+from jaxrmils.cli.checks import (
+    BUDGET_OBJECTIVES,
+    check_choice,
+    limits_of,
+    refinement_rounds,
+)
 from jaxrmils.cli.commands import Outcome, console_of
-from jaxrmils.cli.config import ConfigError, apply_overrides
-from jaxrmils.cli.costs import costs_path, measured, save_run_costs, saved_costs
-from jaxrmils.cli.defaults import base_config
-from jaxrmils.data import DataError, Task
+from jaxrmils.cli.config import ConfigError
+from jaxrmils.cli.saved_run import (
+    POLICY,
+    Network,
+    SavedRun,
+    load_saved,
+    network_of,
+    uniforms_of,
+    with_costs,
+)
 from jaxrmils.evaluation import SimulatedModel
 from jaxrmils.evaluation.page.pareto_page import statements
 from jaxrmils.evaluation.pareto_report import (
@@ -44,16 +49,23 @@ from jaxrmils.evaluation.pareto_report import (
     predicted_points,
     uniform_plans,
 )
-from jaxrmils.graph import Graph
-from jaxrmils.policies import MEASURED_COSTS, Limits, Plan, PlanError, Tangents, pareto, usage
+from jaxrmils.policies import (
+    Limits,
+    ParetoPoint,
+    Simulator,
+    pareto,
+    plan_interval,
+    refined,
+    usage,
+)
 from jaxrmils.policies.budget import problem
-from jaxrmils.policies.budget.policy import Settings
 from jaxrmils.policies.budget.solve import infeasible
+from jaxrmils.policies.pareto import point_of
 from jaxrmils.policies.tangents import mean_loss
 from jaxrmils.progress import bars, silent
+from jaxrmils.sensitivity import Scores
 
 ROOM = 1.25
-_POLICY = "--config.policy."
 
 
 def pareto_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +74,8 @@ def pareto_arguments(parser: argparse.ArgumentParser) -> None:
     against size and against latency or bit operations), pareto.csv, pareto.json, and every plan as
     a file that `jaxrmils.load_plan` reads. Solving needs neither the model nor the data; an
     objective that the scores do not hold (squared_output, fisher, hessian_trace, sqnr, measured)
-    takes a pass over the selection split, once: its costs are kept in RUN/costs/.
+    takes a pass over the selection split, once: its costs are kept in RUN/costs/. If the policy
+    refines (--config.policy.refine, in rounds), every budget's plan is refined on that split, too.
 
       jaxrmils pareto runs/mnist                                  10 budgets of size
       jaxrmils pareto runs/mnist --along weight_bits --values 4,5,6,8
@@ -119,37 +132,16 @@ def pareto_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_pareto)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A saved run as a sweep reads it.
-
-    Attributes:
-      folder: its records.
-      policy: its policy settings, with those of the command line.
-      scores: what budgets are solved from.
-      plan: its own plan.
-      settings: what `pareto` takes.
-      notes: what was left out, and why.
-    """
-
-    folder: RunFolder
-    policy: Any
-    scores: Tangents
-    plan: Plan
-    settings: Settings
-    notes: tuple[str, ...] = ()
-
-
 def run_pareto(args: argparse.Namespace) -> Outcome:
     """A sweep of budgets from a saved run."""
     _check(args)
-    run = _load(args)
-    network = _network(args, run) if args.verify else None
-    run = _with_costs(args, run, network)
+    run = load_saved(args)
+    network = network_of(args, run) if args.verify else None
+    run = with_costs(args, run, network)
     start = time.perf_counter()
     budgets = _budgets(args, run)
-    solved = pareto(run.scores, budgets, **run.settings)
-    found = contenders(solved, args.along, _uniforms(run), run.plan)
+    solved = _refined(args, run, network, pareto(run.scores, budgets, **run.settings))
+    found = contenders(solved, args.along, uniforms_of(run), run.plan)
     seconds = time.perf_counter() - start
     points = predicted_points(
         found,
@@ -180,12 +172,7 @@ def _check(args: argparse.Namespace) -> None:
         check_choice("--objective", args.objective, BUDGET_OBJECTIVES)
     if args.count < 1:
         raise ConfigError(f"--count is {args.count}; expected 1 or more")
-    if any(text.startswith(f"{_POLICY}refine") for text in args.overrides):
-        raise ConfigError(
-            "pareto solves budgets without refinement; have one refined with `jaxrmils quantize "
-            "--config.policy.refine=True` and its limits"
-        )
-    rest = [text for text in args.overrides if not text.startswith(_POLICY)]
+    rest = [text for text in args.overrides if not text.startswith(POLICY)]
     if rest and not args.verify:
         raise ConfigError(
             f"{rest[0]!r} concerns the model or the data, which --no-verify leaves alone; only "
@@ -195,128 +182,34 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--config says where model and data are, which --no-verify leaves alone")
 
 
-def _load(args: argparse.Namespace) -> _Run:
-    folder = load_run(args.run_folder)
-    kept = kept_scores(folder.path)
-    if kept is None:
-        loss = folder.run.config.get("loss", "task")
-        raise artifacts.ArtifactError(
-            f"{folder.path} holds no scores"
-            + (f" (its loss is {loss!r}, whose tangent is zero)" if loss != "task" else "")
-            + "; quantize with --config.loss=task, whose scores budgets are solved from"
+def _refined(
+    args: argparse.Namespace,
+    run: SavedRun,
+    network: Network | None,
+    solved: tuple[ParetoPoint, ...],
+) -> tuple[ParetoPoint, ...]:
+    """The budgets' points with refined plans, where the policy refines and the model is there."""
+    rounds = refinement_rounds(run.policy)
+    if network is None or not rounds:
+        return solved
+    scores, task, settings = run.scores, network.task, dict[str, Any](run.settings)
+    assert isinstance(scores, Scores)
+    selection = pipeline.batches(task.split("selection"), network.config.batch_size)
+    simulator = Simulator(network.graph, task.loss)
+    simulation = simulator.on(network.params, scores.ranges, selection)
+    progress = silent if args.quiet else bars
+    points = []
+    for point in progress(solved, "refining budgets", len(solved)):
+        options = {**settings, "rounds": rounds, "seed": network.config.seed}
+        plan = refined(simulation, scores, point.limits, **options).plan
+        predicted = plan_interval(scores, plan, settings["clusters"])
+        points.append(
+            point_of(scores.table, point.limits, plan, predicted, settings.get("latency"))
         )
-    scores = load_kept(kept)
-    plan = artifacts.load_plan(folder.path / "plan.json")
-    policy = _policy(args, folder)
-    settings = budget_settings(policy)
-    groups = read_manifest(kept)["info"].get("groups")
-    settings["clusters"] = groups["selection"] if groups else None
-    run = _Run(folder, policy, scores, plan, settings)
-    return run if settings.get("latency") else _with_latency(run, args.along)
+    return tuple(points)
 
 
-def _with_latency(run: _Run, along: str) -> _Run:
-    """The run with the times that `jaxrmils profile` wrote, if they are of all that can occur."""
-    path = run.folder.path / profile_command.FILE
-    if not path.is_file():
-        return run
-    latency = load_latency(path)
-    used = replace(run, settings={**run.settings, "latency": latency})
-    float_plan = uniform_plans(run.scores, ["float"])["float"]
-    try:
-        for plan in (float_plan, run.plan, *_uniforms(run).values()):
-            usage(run.scores.table, plan.layers, latency)
-    except PlanError as error:
-        if along == "latency":
-            raise
-        note = f"The times in {path.name} are not shown: {error}."
-        return replace(run, notes=(note,))
-    return used
-
-
-def _policy(args: argparse.Namespace, folder: RunFolder) -> Any:
-    """The run's policy settings, with today's defaults where an older run has none."""
-    config = base_config()
-    saved = folder.run.config.get("policy", {})
-    merged = {**config.policy.to_dict(), **{k: _tuples(v) for k, v in saved.items()}}
-    merged["limits"] = {**config.policy.limits.to_dict(), **saved.get("limits", {})}
-    config.policy = ConfigDict(merged)
-    given = [text for text in args.overrides if text.startswith(_POLICY)]
-    given += [f"{_POLICY}objective={args.objective}"] * (args.objective is not None)
-    given += [f"{_POLICY}latency_table={args.latency}"] * (args.latency is not None)
-    return apply_overrides(config, given).policy
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _task(args: argparse.Namespace) -> tuple[Any, Task]:
-    """The run's config and task; what is missing names --no-verify."""
-    rest = [text for text in args.overrides if not text.startswith(_POLICY)]
-    options = argparse.Namespace(config=args.config, overrides=rest, quiet=args.quiet)
-    try:
-        return commands.task_of(Path(args.run_folder), options)
-    except (*commands.INPUT_ERRORS, ConfigError) as error:
-        if isinstance(error, ConfigError) and rest:
-            raise
-        raise DataError(
-            f"{error}. Measuring needs the run's model and data: give --config, or --no-verify for "
-            "predictions from the saved scores alone"
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Network:
-    """The run's model and data, its config with the batch size."""
-
-    config: Any
-    task: Task
-    graph: Graph
-    params: Any
-
-
-def _network(args: argparse.Namespace, run: _Run) -> _Network:
-    config, task = _task(args)
-    graph = pipeline.trace_task(task)
-    if graph.fingerprint != run.scores.table.fingerprint:
-        raise PlanError(
-            f"the task's model is another one than {run.folder.path} was made from (fingerprints "
-            f"{graph.fingerprint[:12]} and {run.scores.table.fingerprint[:12]}); quantize again, "
-            "or give --no-verify"
-        )
-    config = pipeline.with_batch_size(config, graph, task)
-    return _Network(config, task, graph, task.load_params())
-
-
-def _with_costs(args: argparse.Namespace, run: _Run, network: _Network | None) -> _Run:
-    """The run with the costs of an objective that the scores do not hold, made where need be."""
-    name, path = run.policy.objective, run.folder.path
-    if name not in MEASURED_COSTS:
-        return run
-    costs = saved_costs(run.policy, path)
-    if costs is None and network is None:
-        raise artifacts.ArtifactError(
-            f"{costs_path(path, name)} holds no costs of these scores and formats, and making them "
-            "needs the model; leave out --no-verify"
-        )
-    if costs is None:
-        assert network is not None
-        task, size = network.task, network.config.batch_size
-        costs = measured(
-            run.policy,
-            network.graph,
-            network.params,
-            pipeline.batches(task.split("selection"), size),
-            task.loss,
-            run.scores.ranges,
-            silent if args.quiet else bars,
-        )
-        save_run_costs(costs, run.policy, path)
-    return replace(run, settings={**run.settings, "objective": costs})
-
-
-def _budgets(args: argparse.Namespace, run: _Run) -> list[Limits]:
+def _budgets(args: argparse.Namespace, run: SavedRun) -> list[Limits]:
     """The limits of every budget; those of the config that are not varied hold for all."""
     kept = limits_of(run.policy).given()
     kept.pop(args.along, None)
@@ -333,7 +226,7 @@ def _values(text: str) -> list[float]:
         ) from error
 
 
-def _evenly(args: argparse.Namespace, run: _Run, kept: Limits) -> Sequence[float]:
+def _evenly(args: argparse.Namespace, run: SavedRun, kept: Limits) -> Sequence[float]:
     """From the smallest use that is possible to `ROOM` times that of the largest uniform plan.
 
     The room is for a few layers in float; above it, budgets buy little but more of them.
@@ -343,7 +236,7 @@ def _evenly(args: argparse.Namespace, run: _Run, kept: Limits) -> Sequence[float
     if low is None:
         raise infeasible(programme, kept)
     table, latency = run.scores.table, run.settings.get("latency")
-    uses = [usage(table, plan.layers, latency)[args.along] for plan in _uniforms(run).values()]
+    uses = [usage(table, plan.layers, latency)[args.along] for plan in uniforms_of(run).values()]
     float_plan = uniform_plans(run.scores, ["float"])["float"]
     most = max([usage(table, float_plan.layers, latency)[args.along], *uses])
     high = max(low, min(ROOM * max(uses), most))
@@ -352,20 +245,10 @@ def _evenly(args: argparse.Namespace, run: _Run, kept: Limits) -> Sequence[float
     return [max(low, low + step * (high - low)) for step in steps]
 
 
-def _uniforms(run: _Run) -> dict[str, Plan]:
-    settings = run.settings
-    return uniform_plans(
-        run.scores,
-        settings.get("formats", ()),
-        skip=settings.get("skip", ()),
-        force=settings.get("force"),
-    )
-
-
 def _measured(
     args: argparse.Namespace,
-    run: _Run,
-    network: _Network,
+    run: SavedRun,
+    network: Network,
     found: Sequence[Contender],
     points: Sequence[PlanPoint],
 ) -> tuple[HeldOut, tuple[PlanPoint, ...]]:
@@ -387,7 +270,7 @@ def _measured(
 
 def _report(
     args: argparse.Namespace,
-    run: _Run,
+    run: SavedRun,
     budgets: int,
     points: tuple[PlanPoint, ...],
     held_out: HeldOut | None,
@@ -400,11 +283,9 @@ def _report(
             "The run's own plan was chosen by tests on the confirmation split, so that its change "
             "here is too kind."
         )
-    if run.plan.policy.get("refinement"):
-        notes.append(
-            "The run's own plan was refined by measuring; the plans of the budgets were not."
-        )
-    names = ("formats", "rounding", "skip", "force", "groups", "capabilities")
+    if held_out is None and refinement_rounds(policy):
+        notes.append("Plans of budgets are not refined, which takes the model.")
+    names = ("refine", "formats", "rounding", "skip", "force", "groups", "capabilities")
     settings = {name: policy[name] for name in names if policy[name]}
     kept = limits_of(policy).given()
     kept.pop(args.along, None)

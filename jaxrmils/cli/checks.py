@@ -126,12 +126,7 @@ def check_choice(what: str, value: Any, allowed: Sequence[str]) -> None:
 def _check_budget(policy: Any, table: ModelTable) -> None:
     """Solves the budget with costs of 0: whether there is a plan does not depend on the scores."""
     limits, settings = limits_of(policy), budget_settings(policy)
-    if refinement_rounds(policy):
-        check_choice(
-            "policy.refine starts from costs that are never negative, but policy.objective",
-            policy.objective,
-            REFINABLE,
-        )
+    check_refinable(policy)
     if not limits.given():
         raise ConfigError(
             "config field policy.name is 'budget', but nothing is limited; set one or more of "
@@ -145,6 +140,16 @@ def _check_budget(policy: Any, table: ModelTable) -> None:
     }
     rules: dict[str, Any] = {n: value for n, value in settings.items() if n in RULES}
     solve(table, Costs("none", "nats", plans), limits, **rules)
+
+
+def check_refinable(policy: Any) -> None:
+    """ConfigError for a refinement of an objective that it can't start from."""
+    if refinement_rounds(policy):
+        check_choice(
+            "policy.refine starts from costs that are never negative, but policy.objective",
+            policy.objective,
+            REFINABLE,
+        )
 
 
 def _check_without_labels(config: Any) -> None:

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
-from jaxrmils.policies.budget.limits import Limits
+from jaxrmils.graph import ModelTable
+from jaxrmils.policies.budget.limits import LatencyTable, Limits
 from jaxrmils.policies.budget.policy import Problem, Settings, problem
 from jaxrmils.policies.budget.resources import usage
 from jaxrmils.policies.budget.solve import infeasible
 from jaxrmils.policies.formats import PlanError
 from jaxrmils.policies.plan import Plan
 from jaxrmils.policies.tangents import Tangents
+from jaxrmils.statistics import Interval
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,29 @@ def _evenly(prepared: Problem, count: int, along: str, kept: Limits) -> tuple[Li
 
 def _point(prepared: Problem, limits: Limits) -> ParetoPoint:
     plan, predicted = prepared.solve(limits)
-    used = usage(prepared.scores.table, plan.layers, prepared.rules.latency)
+    return point_of(prepared.scores.table, limits, plan, predicted, prepared.rules.latency)
+
+
+def point_of(
+    table: ModelTable,
+    limits: Limits,
+    plan: Plan,
+    predicted: Interval,
+    latency: LatencyTable | None = None,
+) -> ParetoPoint:
+    """A budget's point.
+
+    Args:
+      table: the model's.
+      limits: what was asked for.
+      plan: from `budget` or `refined`.
+      predicted: its change, from `plan_interval`.
+      latency: to predict seconds.
+
+    Raises:
+      PlanError: the latency table lacks a layer or a format.
+    """
+    used = usage(table, plan.layers, latency)
     return ParetoPoint(
         limits=limits,
         plan=plan,

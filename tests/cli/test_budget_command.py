@@ -179,12 +179,16 @@ def test_costs_of_a_pass_are_made_once_and_refined(folder, tmp_path, capsys):
     without = ["pareto", str(copy), "--no-verify", "--values", "0.35", "--json"]
     assert main(without) == OK
     data = json.loads(capsys.readouterr().out)
-    assert data["objective"] == "sqnr" and "were not" in data["notes"][0]
+    assert data["objective"] == "sqnr" and "not refined" in data["notes"][0]
     assert jr.load_plan(copy / "pareto" / data["points"][0]["file"]).layers == first.layers
     more = ["--config.policy.formats=w8a8,w4"]
     assert main([*without, *more]) == BAD_INPUT
     assert "holds no costs of these scores and formats" in said(capsys)
     assert main(["pareto", str(copy), "--values", "0.35", *more, "--quiet"]) == OK
+    report = load_pareto(copy)
+    taken = jr.load_plan(copy / "pareto" / report.points[0].file).policy
+    assert taken["refinement"]["rounds"] and taken["limits"] == {"size_share": 0.35}
+    assert report.settings["refine"] == 1 and report.points[0].used == taken["used"]
     assert main([*without, *more]) == OK
     manifest = json.loads((copy / "scores" / "manifest.json").read_text())
     manifest["info"]["seed"] = 1
@@ -325,6 +329,8 @@ def test_three_picks_and_the_certificate_of_one(swept, folder, capsys):
         data = json.loads(capsys.readouterr().out)
         points.append([data["points"][0]["predicted"]["upper"], data["float_loss"]])
     assert points[0] == pytest.approx(points[1], rel=1e-5)
+    assert main(["pareto", str(out), "--config.policy.refine=1"]) == USAGE
+    assert "moments, and a refinement needs every example's scores" in said(capsys)
     assert set(load_pareto(out).sources) == {"moments/manifest.json", "plan.json"}
 
 
@@ -361,7 +367,7 @@ def test_damaged_sweeps_say_what_is_wrong(copied, capsys, damage, message):
         (["--values", "0.2;0.3"], USAGE, "expected numbers separated by commas"),
         (["--no-verify", "--values", "0.01"], USAGE, "can't go below 0.26"),
         (["--no-verify", "--along", "latency"], USAGE, "needs a table of seconds"),
-        (["--config.policy.refine=2"], USAGE, "solves budgets without refinement"),
+        (["--config.policy.refine=2", "--objective=signed"], USAGE, "never negative"),
         (["--no-verify", "--config.seed=1"], USAGE, "which --no-verify leaves alone"),
         (["--config.policy.objectiv=signed"], USAGE, "did you mean policy.objective"),
         (["--config.seed=1"], BAD_INPUT, "fingerprint"),
