@@ -112,7 +112,7 @@ def invented_scores(layers: int, examples: int, seed: int = 0) -> Scores:
 
 def all_options(scores: Scores) -> dict[str, tuple[LayerPlan, ...]]:
     """Float, and every format in every rounding."""
-    own = [LayerPlan(*parse_format(f), (r,)) for f in FORMATS for r in ROUNDINGS]
+    own = [LayerPlan.of(parse_format(f), (r,)) for f in FORMATS for r in ROUNDINGS]
     return {name: (LayerPlan(), *own) for name in scores.table.layer}
 
 

@@ -16,7 +16,8 @@ from jaxrmils.policies import LayerPlan, Plan
 KIND = "jaxrmils plan"
 
 _KEYS = ("kind", "format_version", "fingerprint", "policy", "layers")
-_LAYER_KEYS = ("format", "weight_bits", "activation_bits", "rounding", "weight_rounding")
+_LAYER_KEYS = ("format", "weight_bits", "activation_bits", "rounding", "weight_rounding", "dynamic")
+_OPTIONAL = ("format", "dynamic")
 _BITS = (4, 8, 32)
 # A plan must give the same model every time, so it has no stochastic rounding.
 _ROUNDINGS = ("nearest", "floor", "ceil")
@@ -26,8 +27,9 @@ def save_plan(plan: Plan, path: PathLike) -> None:
     """Writes a plan as JSON, one layer to a line in the model's order.
 
     The file may be edited: change a layer's `weight_bits`, `activation_bits` (4, 8, or 32 for
-    float), `rounding` or `weight_rounding`, and its `format` with them or remove that. Whether the
-    plan suits the model is checked where it is used.
+    float), `rounding` or `weight_rounding`, add `"dynamic": true` for grids of rows that are made
+    at run time, and change its `format` with them or remove that. Whether the plan suits the model
+    is checked where it is used.
 
     Args:
       plan: the plan.
@@ -100,6 +102,7 @@ def layer_document(layer: LayerPlan) -> dict[str, Any]:
         "activation_bits": layer.activation_bits,
         "rounding": list(layer.rounding),
         "weight_rounding": layer.weight_rounding,
+        **({"dynamic": True} if layer.dynamic else {}),
     }
 
 
@@ -121,7 +124,7 @@ def parse_layer(document: Any, where: str) -> LayerPlan:
     """A layer from its entry; ArtifactError, which begins with `where`, if it can be none."""
     if not isinstance(document, dict):
         raise ArtifactError(f"{where} is {document!r}; an object was expected")
-    _check_keys(document, _LAYER_KEYS, ("format",), where)
+    _check_keys(document, _LAYER_KEYS, _OPTIONAL, where)
     for key in ("weight_bits", "activation_bits"):
         # The type too: 8.0 and True equal integers.
         if type(document[key]) is not int or document[key] not in _BITS:
@@ -137,11 +140,15 @@ def parse_layer(document: Any, where: str) -> LayerPlan:
                 f"{where}: rounding {rounding!r}; {_near(rounding, _ROUNDINGS)}nearest, floor or "
                 "ceil was expected"
             )
+    dynamic = document.get("dynamic", False)
+    if type(dynamic) is not bool:
+        raise ArtifactError(f"{where}: dynamic is {dynamic!r}; true or false was expected")
     layer = LayerPlan(
         document["weight_bits"],
         document["activation_bits"],
         tuple(document["rounding"]),
         document["weight_rounding"],
+        dynamic,
     )
     if document.get("format", layer.format) != layer.format:
         raise ArtifactError(

@@ -137,7 +137,12 @@ def _check_shapes(scores: Scores, path: PathLike) -> None:
 
 
 def _candidates_document(candidates: tuple[Candidate, ...]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(candidate) for candidate in candidates]
+    # Fields beyond these two are left out where they are not set, as in files without them.
+    required = ("bits", "rounding")
+    return [
+        {k: v for k, v in dataclasses.asdict(each).items() if k in required or v}
+        for each in candidates
+    ]
 
 
 def _candidates(documents: Any) -> tuple[Candidate, ...]:

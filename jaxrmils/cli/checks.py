@@ -24,14 +24,16 @@ from jaxrmils.policies import (
     Costs,
     Limits,
     Search,
+    candidates_for,
     check_plan,
+    formats_of,
     parse_format,
     solve,
 )
 from jaxrmils.policies.budget.policy import JOINT, Settings
 from jaxrmils.policies.constraints import nearest_layer
 from jaxrmils.policies.plan import FLOAT_LAYER
-from jaxrmils.sensitivity import LABEL_FREE
+from jaxrmils.sensitivity import LABEL_FREE, CandidateSet
 
 WIDTHS = ("int8", "int4", "float")
 LOSSES = ("task", *LABEL_FREE)
@@ -240,6 +242,22 @@ def plan_of_file(policy: Any) -> Any:
             "--config.policy.file=RUN/pareto/budget-03.json"
         )
     return artifacts.load_plan(policy.file)
+
+
+def candidates_of(config: Any, graph: Graph) -> CandidateSet:
+    """What must be scored for the formats that a config names."""
+    policy = config.policy
+    names = set(forced(policy.force).values())
+    if policy.name in ("lossless", "budget"):
+        names |= set(policy.formats)
+    if policy.name == "uniform":
+        names.add(policy.format)
+    found = candidates_for(sorted(names))
+    if policy.name != "file":
+        return found
+    own = formats_of(graph, plan_of_file(policy))
+    activations = [c for each in own.activations.values() for c in each]
+    return found.holding(activations, own.weights.values())
 
 
 def forced(entries: tuple[str, ...]) -> dict[str, str]:

@@ -34,7 +34,7 @@ from jaxrmils.evaluation import (
 from jaxrmils.evaluation.metrics import TOP_1
 from jaxrmils.graph import TraceError, tabulate
 from jaxrmils.lowering import default_backend
-from jaxrmils.lowering.table import remarks
+from jaxrmils.lowering.table import remarks, remarks_on_layers
 from jaxrmils.numerics import CalibrationError, format_size
 from jaxrmils.policies import FORMATS, PlanError
 from jaxrmils.progress import Progress, bars, silent
@@ -155,7 +155,8 @@ def inspect(args: argparse.Namespace) -> Outcome:
     console.print(Text(task.name, style="bold"))
     console.print(coverage_table(graph, table))
     console.print(f"Parameters {format_size(table.float_bits)}")
-    notes = remarks(default_backend(), FORMATS)
+    kinds = {site.kind for site in graph.sites}
+    notes = (*remarks(default_backend(), FORMATS), *remarks_on_layers(kinds))
     for note in notes:
         console.print(Text(f"Note       {note}"))
     return Outcome(

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxrmils.cli.checks import (
+    candidates_of,
     check_config,
     forced,
     plan_of_file,
@@ -334,15 +335,21 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
     size = config.batch_size
     selection = batches(task.split("selection"), size)
     arguments = (graph, params, selection, task.loss, ranges)
+    wanted = candidates_of(config, graph)
+    options: dict[str, Any] = {
+        "activation_candidates": wanted.activations,
+        "weight_candidates": wanted.weights,
+        "progress": progress,
+    }
     scores = costs = second_order = None
     if config.loss == "task":
         shift_probe = config.policy.name == "rmils" and config.policy.probe == "shift"
         if config.scores == "moments":
-            scores = score_moments(*arguments, progress=progress)
+            scores = score_moments(*arguments, **options)
         else:
-            scores = score(*arguments, shift_probe=shift_probe, progress=progress)
+            scores = score(*arguments, shift_probe=shift_probe, **options)
     if config.curvature:
-        second_order = curvature(*arguments, seed=config.seed, progress=progress)
+        second_order = curvature(*arguments, seed=config.seed, **options)
     if config.policy.name == "budget" and config.policy.objective in MEASURED_COSTS:
         costs = measured(config.policy, *arguments, progress)
     plan, search = make_plan(

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> Outcome:
 def _checked(args: argparse.Namespace) -> list[str]:
     formats = [name.strip() for name in args.formats.split(",") if name.strip()]
     for name in formats:
-        if parse_format(name) == (32, 32):
+        if parse_format(name) == parse_format("float"):
             raise ConfigError("--formats: float is measured anyway; leave it out")
     if args.batch_size < 1 or args.rounds < 1:
         raise ConfigError(

@@ -20,8 +20,8 @@ from jaxrmils.graph import Graph, SiteCall, interpret
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.numerics.placement import spread_exactly, to_host, with_params
 from jaxrmils.policies import Plan, formats_of
-from jaxrmils.sensitivity import WEIGHT_CANDIDATES, Formats, weight_noise
-from jaxrmils.sensitivity.contraction import noise
+from jaxrmils.sensitivity import Candidate, CandidateSet, Formats, weight_noise
+from jaxrmils.sensitivity.contraction import grid_of, noise
 
 Shifts = Mapping[str, tuple[Any, ...]]
 
@@ -52,7 +52,8 @@ def mean_noise(
       EvaluationError: no data.
     """
     formats, grids = formats_of(graph, plan), to_host(ranges.grids)
-    handler = functools.partial(_record, formats)
+    known = CandidateSet().holding(weights=formats.weights.values()).weights
+    handler = functools.partial(_record, formats, known)
 
     @jax.jit
     def step(params: Any, noise: Any, inputs: Any) -> Any:
@@ -60,7 +61,7 @@ def mean_noise(
         return interpret(graph, handler, leaves, inputs, weights=noise, state=grids)[1]
 
     params = with_params(params, sharding)
-    deltas = jax.jit(lambda p: weight_noise(graph, p))(params)
+    deltas = jax.jit(lambda p: weight_noise(graph, p, known))(params)
     total: Any = None
     for inputs, _ in spread_exactly((inputs for inputs, _ in batches), sharding):
         found = jax.tree.map(
@@ -72,20 +73,20 @@ def mean_noise(
     return {site: tuple(_mean(graph, site, *sums) for sums in each) for site, each in total.items()}
 
 
-def _record(formats: Formats, call: SiteCall) -> tuple[Any, Any]:
+def _record(formats: Formats, known: tuple[Candidate, ...], call: SiteCall) -> tuple[Any, Any]:
     """The quantized network; records the sum and the number of every operand's noise."""
     site, operands = call.site, list(call.operands())
     record = []
     for position, candidate in enumerate(formats.activations.get(site.name, ())):
         index = site.activations[position]
         x = operands[index]
-        eps = noise(x, call.state[position][candidate.bits], candidate)
+        eps = noise(x, grid_of(call, index, x, call.state[position], candidate), candidate)
         record.append((jnp.sum(eps), jnp.float32(eps.size)))
         operands[index] = (x.astype(jnp.float32) + eps).astype(x.dtype)
     if site.weight is not None and site.weight.name in formats.weights:
         index = site.weight.operand
         candidate = formats.weights[site.weight.name]
-        delta = call.view(call.weight[WEIGHT_CANDIDATES.index(candidate)])
+        delta = call.view(call.weight[known.index(candidate)])
         w = operands[index]
         operands[index] = (w.astype(jnp.float32) + delta).astype(w.dtype)
     return call.bind_highest(*operands), record or None

@@ -388,7 +388,7 @@ def naive_plan(table: ModelTable, size_bits: int, *, skip: Sequence[str] = ()) -
     }
 
     def size(layers: Mapping[str, LayerPlan]) -> int:
-        return table.size_bits({n: (p.weight_bits, p.activation_bits) for n, p in layers.items()})
+        return table.size_bits({n: p.bits for n, p in layers.items()})
 
     layers = dict(plans["int8"])
     if size(layers) <= size_bits:

@@ -20,8 +20,15 @@ from jaxrmils.graph import Graph
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.numerics.placement import spread, to_host, with_params
 from jaxrmils.policies import Plan
-from jaxrmils.policies.simulation import plan_switches
-from jaxrmils.sensitivity import Loss, all_off, perturbed_outputs, weight_noise
+from jaxrmils.policies.simulation import plan_switches, switch_candidates
+from jaxrmils.sensitivity import (
+    Candidate,
+    CandidateSet,
+    Loss,
+    all_off,
+    perturbed_outputs,
+    weight_noise,
+)
 from jaxrmils.sensitivity.scores import check_targets
 
 Batches = Iterable[tuple[Any, Any]]
@@ -91,11 +98,17 @@ class SimulatedModel:
           PlanError: the plan quantizes an operand without a range.
           PlacementError: a sharding by which batches can't be spread.
         """
-        settings = (self._switches(plan), np.float32(temperature))
+        switches, candidates = self._switches(plan)
+        noise = self._noise(candidates.weights)
         parts = []
         for placed in spread(with_fitting_targets(self.graph, batches), self.sharding):
             loss, correct, outputs = self._step(
-                self._params, self._noise, *placed.values, *settings
+                self._params,
+                noise,
+                *placed.values,
+                switches,
+                np.float32(temperature),
+                candidates=candidates,
             )
             parts.append(placed.taken((loss, correct, outputs if keep_outputs else None)))
         return merged(parts, "simulating")
@@ -104,21 +117,46 @@ class SimulatedModel:
     def _params(self) -> Any:
         return with_params(self.params, self.sharding)
 
-    def _switches(self, plan: Plan | None) -> Any:
+    def _switches(self, plan: Plan | None) -> tuple[Any, CandidateSet]:
+        """Switches, and what they mean."""
         if plan is None:
-            return to_host(all_off(self.graph, self.ranges))
-        return to_host(plan_switches(self.graph, self.ranges, plan))
+            return to_host(all_off(self.graph, self.ranges)), CandidateSet()
+        candidates = switch_candidates(self.graph, plan)
+        return to_host(plan_switches(self.graph, self.ranges, plan, candidates)), candidates
+
+    def _noise(self, candidates: tuple[Candidate, ...]) -> Any:
+        if candidates not in self._noises:
+            make = jax.jit(lambda params: weight_noise(self.graph, params, candidates))
+            self._noises[candidates] = make(self._params)
+        return self._noises[candidates]
 
     @cached_property
-    def _noise(self) -> Any:
-        return jax.jit(lambda params: weight_noise(self.graph, params))(self._params)
+    def _noises(self) -> dict[tuple[Candidate, ...], Any]:
+        return {}
 
     @cached_property
     def _step(self) -> Any:
         """Losses float32 [batch], a classifier's hits bool [batch], and the outputs."""
 
-        def step(params: Any, noise: Any, x: Any, y: Any, switches: Any, temperature: Any) -> Any:
-            outputs = perturbed_outputs(self.graph, params, x, self.ranges, *switches, noise=noise)
+        def step(
+            params: Any,
+            noise: Any,
+            x: Any,
+            y: Any,
+            switches: Any,
+            temperature: Any,
+            candidates: CandidateSet,
+        ) -> Any:
+            outputs = perturbed_outputs(
+                self.graph,
+                params,
+                x,
+                self.ranges,
+                *switches,
+                activation_candidates=candidates.activations,
+                weight_candidates=candidates.weights,
+                noise=noise,
+            )
             losses = self.loss(cooled(outputs, temperature), y).astype(jnp.float32)
             correct = None
             if classifies(outputs, y):
@@ -126,7 +164,7 @@ class SimulatedModel:
                 correct = jnp.argmax(logits, axis=1) == y
             return losses, correct, outputs
 
-        return jax.jit(step)
+        return jax.jit(step, static_argnames="candidates")
 
 
 def cooled(outputs: Any, temperature: Any) -> Any:

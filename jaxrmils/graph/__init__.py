@@ -15,6 +15,7 @@ from jaxrmils.graph.sites import Site as Site
 from jaxrmils.graph.sites import Weight as Weight
 from jaxrmils.graph.sites import WeightUse as WeightUse
 from jaxrmils.graph.table import ActivationRow as ActivationRow
+from jaxrmils.graph.table import Format as Format
 from jaxrmils.graph.table import LayerRow as LayerRow
 from jaxrmils.graph.table import ModelTable as ModelTable
 from jaxrmils.graph.table import tabulate as tabulate

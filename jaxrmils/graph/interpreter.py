@@ -163,6 +163,10 @@ class SiteCall:
         """All float operands."""
         return tuple(self._read(i) for i in range(len(self.eqn.invars)))
 
+    def contracted(self, index: int) -> tuple[int, ...]:
+        """The dims of a dot's operand that are summed over; what is left counts its rows."""
+        return tuple(self.eqn.params["dimension_numbers"][0][index])
+
     def bind(self, *operands: Any) -> Any:
         """The original operation on other operands."""
         return _run(self.eqn, operands)

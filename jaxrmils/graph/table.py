@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,23 @@ from jaxrmils.graph.trace import Graph
 
 _SCALE_BITS = 32
 _GRID_BITS = 32 + 8  # scale and zero point of an activation
+
+
+class Format(NamedTuple):
+    """The format of a layer's operands.
+
+    Attributes:
+      weight_bits: 8, 4, or 32 for float.
+      activation_bits: 8, 4, or 32 for float.
+      dynamic: whether every row of the activations has a grid of its own, made at run time.
+
+    >>> Format(8, 8, dynamic=True)
+    Format(weight_bits=8, activation_bits=8, dynamic=True)
+    """
+
+    weight_bits: int = 32
+    activation_bits: int = 32
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,11 @@ class LayerRow:
         return self.weight_size > 0
 
     @property
+    def has_rows(self) -> bool:
+        """Whether all its activations enter dots, whose rows can have grids of their own."""
+        return bool(self.activations) and "conv" not in self.kinds
+
+    @property
     def is_lookup(self) -> bool:
         """True for an embedding table that is only looked up: its weight alone is quantized."""
         return self.has_weight and not self.activations
@@ -99,21 +121,23 @@ class ModelTable:
         """Size of the float model in bits."""
         return sum(self.leaf_bits)
 
-    def size_bits(self, formats: Mapping[str, tuple[int, int]]) -> int:
+    def size_bits(self, formats: Mapping[str, Format | tuple[int, int]]) -> int:
         """Size of a quantized model in bits, scales, zero points and float layers counted.
 
         Args:
-          formats: per layer (weight bits, activation bits), 32 for float; missing means float.
+          formats: per layer its format, or (weight bits, activation bits), 32 for float; missing
+            means float. Grids that are made at run time are not stored.
         """
-        weight_bits = {name: weight for name, (weight, _) in formats.items()}
         kept, total = set(self.float_leaves), 0
         for row in self.layers:
-            bits = weight_bits.get(row.name, 32)
+            given = formats.get(row.name, Format())
+            format_ = given if isinstance(given, Format) else Format(*given)
+            bits = format_.weight_bits
             if row.has_weight and bits == 32:
                 kept |= set(row.weight_leaves)
             elif row.has_weight:
                 total += bits * row.weight_size + _SCALE_BITS * row.weight_scales
-            if formats.get(row.name, (32, 32))[1] < 32:
+            if format_.activation_bits < 32 and not format_.dynamic:
                 total += _GRID_BITS * sum(a.grids for a in row.activations)
         return total + sum(self.leaf_bits[i] for i in kept)
 

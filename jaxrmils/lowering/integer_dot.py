@@ -1,6 +1,7 @@
 """Dots of integer codes, accumulated exactly in int32, and where sums and scales go in them.
 
-A dot of affine codes needs one integer dot and two sums: with K products per output,
+A dot of affine codes needs one integer dot and two sums. With K products per output, and a zero
+point for the whole operand or one for every row of it (every index of its dims that stay),
 
     sum_k (l - z_l)(r - z_r) = sum_k l r - z_l sum_k r - z_r sum_k l + K z_l z_r.
 
@@ -104,8 +105,8 @@ def dot_int32(
     rhs: Int[Array, "*rhs"],
     dimension_numbers: DotDimensionNumbers,
     *,
-    lhs_zero_point: Int32[Array, ""] | None = None,
-    rhs_zero_point: Int32[Array, ""] | None = None,
+    lhs_zero_point: Int32[Array, "*lhs_zero"] | None = None,
+    rhs_zero_point: Int32[Array, "*rhs_zero"] | None = None,
     lhs_sum: Int32[Array, "*lhs_sum"] | None = None,
     rhs_sum: Int32[Array, "*rhs_sum"] | None = None,
     lhs_bits: int = 8,
@@ -121,8 +122,9 @@ def dot_int32(
         lhs: int8 (or int4) codes of any shape.
         rhs: int8 (or int4) codes of any shape.
         dimension_numbers: as in `lax.dot_general`.
-        lhs_zero_point: int32 scalar, or None for symmetric codes.
-        rhs_zero_point: int32 scalar, or None for symmetric codes.
+        lhs_zero_point: int32, None for symmetric codes; a scalar, or one for every row in the shape
+            of lhs, with size 1 on its contracting dims.
+        rhs_zero_point: the same for rhs.
         lhs_sum: `operand_sum(lhs, dimension_numbers, "lhs")` if known; read only if there is a
             `rhs_zero_point`, and computed at run time if missing.
         rhs_sum: `operand_sum(rhs, dimension_numbers, "rhs")`, for `lhs_zero_point`.
@@ -151,25 +153,44 @@ def dot_int32(
         code_bound(rhs_bits, zero_point=rhs_zero_point is not None),
     )
     operation = _operation(lhs, rhs, dimension_numbers)
-    formulation = row_of(backend, operation, f"w{rhs_bits}a{lhs_bits}").formulation
+    by_row = any(jnp.ndim(z) for z in (lhs_zero_point, rhs_zero_point) if z is not None)
+    name = f"w{rhs_bits}a{lhs_bits}" + "d" * by_row
+    formulation = row_of(backend, operation, name).formulation
     if formulation == "s4 dot":
         lhs, rhs = lhs.astype(jnp.int4), rhs.astype(jnp.int4)
     lhs, rhs = kernel_operands(lhs, rhs, backend)
     out = _formulated(lhs, rhs, dimension_numbers, formulation)
     layout = (dimension_numbers, lhs.ndim, rhs.ndim)
+    lhs_zero = rhs_zero = None
     if lhs_zero_point is not None:
-        zero_point = scalar_zero_point(lhs_zero_point, "lhs")
+        lhs_zero = _zero_to_output(lhs_zero_point, *layout, "lhs")
         if rhs_sum is None:
             rhs_sum = operand_sum(rhs, dimension_numbers, "rhs")
-        out -= zero_point * sum_to_output(rhs_sum, *layout, "rhs")
+        out -= lhs_zero * sum_to_output(rhs_sum, *layout, "rhs")
     if rhs_zero_point is not None:
-        zero_point = scalar_zero_point(rhs_zero_point, "rhs")
+        rhs_zero = _zero_to_output(rhs_zero_point, *layout, "rhs")
         if lhs_sum is None:
             lhs_sum = operand_sum(lhs, dimension_numbers, "lhs")
-        out -= zero_point * sum_to_output(lhs_sum, *layout, "lhs")
-        if lhs_zero_point is not None:
-            out += scalar_zero_point(lhs_zero_point, "lhs") * zero_point * jnp.int32(k)
+        out -= rhs_zero * sum_to_output(lhs_sum, *layout, "lhs")
+        if lhs_zero is not None:
+            out += lhs_zero * rhs_zero * jnp.int32(k)
     return out
+
+
+def _zero_to_output(
+    zero_point: Array,
+    dimension_numbers: DotDimensionNumbers,
+    lhs_ndim: int,
+    rhs_ndim: int,
+    side: Side,
+) -> Array:
+    """A zero point, or those of an operand's rows, to broadcast against the dot's output."""
+    if not jnp.ndim(zero_point):
+        return scalar_zero_point(zero_point, side)
+    if not jnp.issubdtype(zero_point.dtype, jnp.integer):
+        raise TypeError(f"{side} zero points must be integers, found {zero_point.dtype}")
+    layout = (dimension_numbers, lhs_ndim, rhs_ndim)
+    return _rows_to_output(zero_point.astype(jnp.int32), *layout, side, "zero point")
 
 
 def _operation(lhs: Array, rhs: Array, dimension_numbers: DotDimensionNumbers) -> Operation:
@@ -323,15 +344,27 @@ def _scale_to_output(
     scale = jnp.asarray(scale, jnp.float32)
     if scale.ndim == 0:
         return scale
+    return _rows_to_output(scale, dimension_numbers, lhs_ndim, rhs_ndim, side, "scale")
+
+
+def _rows_to_output(
+    values: Array,
+    dimension_numbers: DotDimensionNumbers,
+    lhs_ndim: int,
+    rhs_ndim: int,
+    side: Side,
+    what: str,
+) -> Array:
+    """Values of an operand's rows, of size 1 on its contracting dims, to broadcast likewise."""
     contracting, batch = _side_dims(dimension_numbers, side)
     expected = lhs_ndim if side == "lhs" else rhs_ndim
-    if scale.ndim != expected or any(scale.shape[d] != 1 for d in contracting):
+    if values.ndim != expected or any(values.shape[d] != 1 for d in contracting):
         raise ValueError(
-            f"{side} scale of shape {scale.shape} must be a scalar or have {expected} dims, of "
+            f"{side} {what} of shape {values.shape} must be a scalar or have {expected} dims, of "
             f"size 1 on the contracting dims {tuple(contracting)}"
         )
-    free = _free(scale.ndim, contracting, batch)
-    kept = scale.transpose(*batch, *free, *contracting)
+    free = _free(values.ndim, contracting, batch)
+    kept = values.transpose(*batch, *free, *contracting)
     kept = kept.reshape(kept.shape[: len(batch) + len(free)])
     return sum_to_output(kept, dimension_numbers, lhs_ndim, rhs_ndim, side)
 

@@ -57,7 +57,8 @@ class QuantizedParams:
       leaves: float leaves that are still read, by name; a leaf that exists only as integer codes
         is not here.
       weights: the integer weights, by name.
-      grids: per site with quantized activations, one `QuantParams` per operand.
+      grids: per site with quantized activations, one `QuantParams` per operand; none for rows that
+        make their own.
     """
 
     leaves: Mapping[str, Any]
@@ -152,7 +153,7 @@ def quantize(
     graph: Graph,
     params: Any,
     plan: Plan,
-    ranges: Ranges,
+    ranges: Ranges | None,
     *,
     backend: Backend | None = None,
     unpacked: bool = False,
@@ -163,7 +164,8 @@ def quantize(
       graph: from `trace`.
       params: the float parameters.
       plan: from a policy.
-      ranges: from `calibrate`, the ones that the plan's scores were made with.
+      ranges: from `calibrate`, the ones that the plan's scores were made with; None for a plan
+        whose activations are all float or dynamic.
       backend: where it will run; the default is where jax runs now. int4 weights are stored two per
         byte on "cpu" and "cuda" and unpacked to int8 inside jit; on "tpu" they are native int4.
       unpacked: hold int4 weights as int8 arrays on "cpu" and "cuda": twice the memory, and nothing
@@ -188,7 +190,7 @@ def quantize(
     check_params(graph, params)
     table = tabulate(graph)
     check_plan(plan, table)
-    if ranges.fingerprint != graph.fingerprint:
+    if ranges is not None and ranges.fingerprint != graph.fingerprint:
         raise PlanError("the ranges were calibrated on another model; calibrate this one")
     backend = backend or default_backend()
     leaves = jax.tree.leaves(params)
@@ -201,7 +203,7 @@ def quantize(
             quantized.append(name)
         elif graph.layers[name][0].weight is not None:
             kept |= set(graph.weights[name].leaves)
-        if layer.activation_bits < FLOAT_BITS:
+        if layer.activation_bits < FLOAT_BITS and not layer.dynamic:
             for site in sites:
                 if site.activations:
                     grids[site.name] = _grids(site, ranges, layer.activation_bits)
@@ -224,7 +226,12 @@ def quantize(
     )
 
 
-def _grids(site: Site, ranges: Ranges, bits: int) -> tuple[QuantParams, ...]:
+def _grids(site: Site, ranges: Ranges | None, bits: int) -> tuple[QuantParams, ...]:
+    if ranges is None:
+        raise PlanError(
+            f"site {site.name} is planned in int{bits} with a calibrated grid, but there are no "
+            "ranges; pass those of `calibrate`, or plan dynamic activations"
+        )
     if site.name not in ranges.grids:
         raise PlanError(
             f"site {site.name} is planned in int{bits}, but no calibration example reached it, so "
@@ -291,8 +298,12 @@ def _handler(
             tensor, sums = None, None
             if call.weight is not None:
                 tensor, sums = call.weight.tensor, call.weight.sums[site.name]
-            keys = tuple(zip(equal_grids[site.name], roundings[site.name], strict=True))
-            return run_quantized(call, kernel, tensor, sums, call.state, roundings[site.name], keys)
+            own = roundings[site.name]
+            if layer.dynamic:
+                bits = (layer.activation_bits,) * len(own)
+                return run_quantized(call, kernel, tensor, sums, bits, own)
+            keys = tuple(zip(equal_grids[site.name], own, strict=True))
+            return run_quantized(call, kernel, tensor, sums, call.state, own, keys)
         if layer.weight_bits < FLOAT_BITS:
             return run_weight_only(call, call.weight.tensor), None
         return call.bind(*call.operands()), None

@@ -18,7 +18,7 @@ from jaxrmils.graph import SiteCall, compat
 from jaxrmils.lowering.exact_float import exact_bilinear
 from jaxrmils.lowering.integer_conv import conv_int32, conv_output_scale
 from jaxrmils.lowering.integer_dot import Backend, code_bound, dot_int32, output_scale
-from jaxrmils.numerics import QTensor, QuantParams, Rounding, quantize
+from jaxrmils.numerics import QTensor, QuantParams, Rounding, quantize, row_params
 
 
 class LoweringError(ValueError):
@@ -120,7 +120,7 @@ def run_quantized(
     kernel: Kernel,
     weight: QTensor | None,
     sums: Any,
-    grids: tuple[QuantParams, ...],
+    grids: tuple[QuantParams | int, ...],
     roundings: tuple[Rounding, ...],
     keys: tuple[Hashable, ...] | None = None,
 ) -> tuple[Any, list[Any]]:
@@ -131,7 +131,8 @@ def run_quantized(
       kernel: how to multiply.
       weight: its quantized weight in the weight's own layout; None for activation x activation.
       sums: precomputed sums of the weight's codes, see `weight_sums`.
-      grids: grids of its activations, in order.
+      grids: grids of its activations, in order; of a dot also bits, for a grid of every row that is
+        made here from the row's values.
       roundings: their rounding directions.
       keys: equal for operands with the same grid and rounding: where they are the same value, it is
         quantized once (the input of Q, K and V, or of a block and its shortcut). None for no two.
@@ -147,9 +148,12 @@ def run_quantized(
     for grid, rounding, key, index in zip(
         grids, roundings, keys, call.site.activations, strict=True
     ):
-        quantized = functools.partial(quantize, qp=grid, rounding=rounding)
-        codes[index] = call.once(index, key, quantized)
-        params[index] = grid
+        if isinstance(grid, int):
+            codes[index], params[index] = _rows(call, index, grid, rounding)
+        else:
+            quantized = functools.partial(quantize, qp=grid, rounding=rounding)
+            codes[index] = call.once(index, key, quantized)
+            params[index] = grid
         activation_codes.append(codes[index])
     if weight is not None:
         assert call.site.weight is not None
@@ -164,6 +168,17 @@ def run_quantized(
     scale = _output_scale(call, params[0].scale, params[1].scale)
     dtype = compat.abstract(call.eqn.outvars[0]).dtype
     return (total.astype(jnp.float32) * scale).astype(dtype), activation_codes
+
+
+def _rows(call: SiteCall, index: int, bits: int, rounding: Rounding) -> tuple[Any, QuantParams]:
+    """The codes of an operand's rows, and the grids that they are on."""
+    axes = call.contracted(index)
+
+    def make(x: Any) -> tuple[Any, QuantParams]:
+        grids = row_params(x, bits=bits, axes=axes)
+        return quantize(x, grids, rounding), grids
+
+    return call.once(index, ("rows", bits, rounding, axes), make)
 
 
 def run_weight_only(call: SiteCall, weight: QTensor) -> Any:

@@ -72,7 +72,15 @@ class Row:
 INTEGER = ("w8a8", "w8a4", "w4a8", "w4a4")
 DOTS = (*INTEGER, "a8", "a4")
 WEIGHTS = ("w8", "w4")
+DYNAMIC = ("w8a8d", "w4a8d", "a8d")
+"""A grid for every row of the activations; "a8d" for every row of both."""
 _DOTS: tuple[Operation, ...] = ("dot", "one row", "one column", "batched dot")
+_DOT_FORMULATIONS: tuple[tuple[Operation, Formulation], ...] = (
+    ("dot", "s8 dot"),
+    ("one row", "s8 dot, two rows"),
+    ("one column", "s8 dot, two columns"),
+    ("batched dot", "s8 dot"),
+)
 _CONVS: tuple[Operation, ...] = ("conv", "stem", "depthwise", "grouped")
 
 TABLE: tuple[Row, ...] = (
@@ -110,6 +118,18 @@ TABLE: tuple[Row, ...] = (
         "s8 dot",
         "1.7 to 2.3 times",
         "batched int8 kernels; zero points need sums of both operands at run time",
+    ),
+    *(
+        Row(
+            "cpu",
+            operation,
+            DYNAMIC,
+            formulation,
+            "as w8a8, w4a8, a8",
+            "each row's smallest and largest value are found first: of 32 to 1,024 rows that "
+            "costs no time that could be seen, of a single row a fifth",
+        )
+        for operation, formulation in _DOT_FORMULATIONS
     ),
     Row(
         "cpu",
@@ -171,6 +191,17 @@ TABLE: tuple[Row, ...] = (
         Row(
             "cuda",
             operation,
+            DYNAMIC,
+            "s8 dot, two rows" if operation == "one row" else "s8 dot",
+            "tensor cores",
+            "as with calibrated grids",
+        )
+        for operation in _DOTS
+    ),
+    *(
+        Row(
+            "cuda",
+            operation,
             INTEGER,
             "s8 conv in float32",
             speed,
@@ -189,6 +220,18 @@ TABLE: tuple[Row, ...] = (
             "s8 dot",
             "native",
             "the MXU multiplies int8, and int4 after XLA's own conversion",
+        )
+        for operation in _DOTS
+    ),
+    *(
+        Row(
+            "tpu",
+            operation,
+            DYNAMIC,
+            "s8 dot",
+            "native",
+            "the MXU multiplies as with calibrated grids; ranges of rows are passes of their own, "
+            "and libtpu estimates twice the cycles for a small attention block",
         )
         for operation in _DOTS
     ),
@@ -240,13 +283,30 @@ def remarks(backend: str, formats: Iterable[str]) -> tuple[str, ...]:
     ()
     """
     used, found = set(formats), []
-    if backend == "cpu" and used & {"w4a4", "w4a8", "w4"}:
+    if backend == "cpu" and used & {"w4a4", "w4a8", "w4a8d", "w4"}:
         found.append(
             "int4 weights are smaller but not faster on CPU: every call unpacks them to int8"
         )
     if backend == "cpu" and used & set(WEIGHTS):
         found.append("weight-only formats save memory, not time: the operation stays float")
     return tuple(found)
+
+
+def remarks_on_layers(kinds: Iterable[str]) -> tuple[str, ...]:
+    """What a model's layers can't have, for people who choose among formats.
+
+    Args:
+      kinds: of its sites: "dot", "conv", "gather".
+
+    >>> remarks_on_layers(["dot"])
+    ()
+    """
+    if "conv" not in kinds:
+        return ()
+    return (
+        "convolutions have no rows with grids of their own: in w8a8d and w4a8d they become w8a8 "
+        "and w4a8, with calibrated grids",
+    )
 
 
 def dot_operation(rows: Any, columns: Any, batch_dims: int) -> Operation:

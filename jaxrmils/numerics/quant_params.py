@@ -130,6 +130,39 @@ def weight_params(
     return from_range(-absmax, absmax, bits=bits, symmetric=True)
 
 
+def row_params(x: Float[Array, "..."], *, bits: int, axes: tuple[int, ...]) -> QuantParams:
+    """Affine grids that cover every row from its smallest to its largest value.
+
+    For a row r, with 0 always on the grid (see `from_range`):
+
+        lo = min(0, min_k x[r, k])    hi = max(0, max_k x[r, k])
+
+    Minima and maxima are exact, so a row has the same grid in every program.
+
+    Args:
+        x: the tensor, any float dtype.
+        bits: 8 or 4.
+        axes: those that a row runs along.
+
+    Returns:
+        `QuantParams` with `x.ndim` axes, of size 1 along `axes`.
+
+    Raises:
+        ValueError: `bits` is not 8 or 4.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.array([[0.5, 2.55], [-1.0, 1.55]])
+        >>> qp = row_params(x, bits=8, axes=(1,))
+        >>> print(qp.scale.T, qp.zero_point.T)
+        [[0.01 0.01]] [[-128  -28]]
+    """
+    x = jnp.asarray(x, jnp.float32)
+    lo = jnp.min(x, axis=axes, keepdims=True, initial=0.0)
+    hi = jnp.max(x, axis=axes, keepdims=True, initial=0.0)
+    return from_range(lo, hi, bits=bits, symmetric=False)
+
+
 def quantize(
     x: Float[Array, "..."],
     qp: QuantParams,

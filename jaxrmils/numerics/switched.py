@@ -26,7 +26,7 @@ def switched_quant(
 
     Args:
       x: the tensor, any float dtype.
-      grids: K grids, each one for the whole tensor.
+      grids: K grids, each for the whole tensor, or one for each of its rows (see `row_params`).
       roundings: K directions: "nearest", "floor" or "ceil".
       switch: int32 scalar; 0 leaves x alone, k + 1 takes grid k and rounding k.
 
@@ -48,7 +48,7 @@ def switched_quant(
     chosen = jnp.maximum(switch - 1, 0)
 
     def pick(values: Sequence[Any], dtype: Any) -> Any:
-        return jnp.stack([jnp.asarray(v, dtype) for v in values])[chosen]
+        return jnp.stack(jnp.broadcast_arrays(*(jnp.asarray(v, dtype) for v in values)))[chosen]
 
     limits = [code_range(g.bits, g.symmetric) for g in grids]
     scale = pick([g.scale for g in grids], jnp.float32)

@@ -21,6 +21,7 @@ from jaxrmils.policies.constraints import Constraints as Constraints
 from jaxrmils.policies.costs import Costs as Costs
 from jaxrmils.policies.formats import FORMATS as FORMATS
 from jaxrmils.policies.formats import PlanError as PlanError
+from jaxrmils.policies.formats import candidates_for as candidates_for
 from jaxrmils.policies.formats import parse_format as parse_format
 from jaxrmils.policies.lossless import Lossless as Lossless
 from jaxrmils.policies.lossless import LosslessStep as LosslessStep
@@ -56,6 +57,7 @@ from jaxrmils.policies.sequence import plan_sequence as plan_sequence
 from jaxrmils.policies.simulation import Simulation as Simulation
 from jaxrmils.policies.simulation import Simulator as Simulator
 from jaxrmils.policies.simulation import plan_switches as plan_switches
+from jaxrmils.policies.simulation import switch_candidates as switch_candidates
 from jaxrmils.policies.tangents import Tangents as Tangents
 from jaxrmils.policies.tangents import plan_interval as plan_interval
 from jaxrmils.policies.uniform import uniform as uniform

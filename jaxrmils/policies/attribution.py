@@ -18,7 +18,7 @@ from jaxrmils.numerics.placement import in_reading_order, spread, to_host, with_
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError
 from jaxrmils.policies.plan import Plan, check_plan, roundings_by_site
 from jaxrmils.progress import Progress, silent
-from jaxrmils.sensitivity import Candidate, Loss, ScoreError
+from jaxrmils.sensitivity import Loss, ScoreError
 from jaxrmils.sensitivity.scores import check_targets
 from jaxrmils.sensitivity.secant import Attribution, Formats, secant
 from jaxrmils.statistics import Interval, mean_interval
@@ -179,11 +179,11 @@ def by_layer(
 def formats_of(graph: Graph, plan: Plan) -> Formats:
     """A plan, operand by operand."""
     activations = {
-        site: tuple(Candidate(plan.layers[graph.site[site].layer].activation_bits, r) for r in each)
+        site: tuple(plan.layers[graph.site[site].layer].candidate(r) for r in each)
         for site, each in roundings_by_site(graph, plan).items()
     }
     weights = {
-        name: Candidate(layer.weight_bits, layer.weight_rounding)
+        name: layer.weight_candidate
         for name, layer in plan.layers.items()
         if layer.weight_bits < FLOAT_BITS
     }

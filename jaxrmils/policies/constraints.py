@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxrmils.graph import ModelTable
+from jaxrmils.graph import Format, ModelTable
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError, fit, parse_format
 from jaxrmils.policies.plan import FLOAT_LAYER, LayerPlan
 
@@ -61,9 +61,9 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
     return found
 
 
-def nearest_layer(table: ModelTable, name: str, bits: tuple[int, int]) -> LayerPlan:
+def nearest_layer(table: ModelTable, name: str, wanted: Format) -> LayerPlan:
     """A layer in a format with all roundings to nearest."""
     row = table.layer[name]
-    weight, activation = fit(row, bits)
-    count = len(row.activations) if activation < FLOAT_BITS else 0
-    return LayerPlan(weight, activation, ("nearest",) * count)
+    own = fit(row, wanted)
+    count = len(row.activations) if own.activation_bits < FLOAT_BITS else 0
+    return LayerPlan.of(own, ("nearest",) * count)

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 
-from jaxrmils.graph import LayerRow
+from jaxrmils.graph import Format, LayerRow
+from jaxrmils.sensitivity import Candidate, CandidateSet
 
 FLOAT_BITS = 32
 
-FORMATS: dict[str, tuple[int, int]] = {
-    "float": (32, 32),
-    "w8a8": (8, 8),
-    "w8a4": (8, 4),
-    "w4a8": (4, 8),
-    "w4a4": (4, 4),
-    "w8": (8, 32),
-    "w4": (4, 32),
-    "int8": (8, 8),
-    "int4": (4, 4),
+FORMATS: dict[str, Format] = {
+    "float": Format(32, 32),
+    "w8a8": Format(8, 8),
+    "w8a4": Format(8, 4),
+    "w4a8": Format(4, 8),
+    "w4a4": Format(4, 4),
+    "w8": Format(8, 32),
+    "w4": Format(4, 32),
+    "w8a8d": Format(8, 8, dynamic=True),
+    "w4a8d": Format(4, 8, dynamic=True),
+    "int8": Format(8, 8),
+    "int4": Format(4, 4),
 }
-"""(weight bits, activation bits); 32 is float. "int8" and "int4" mean both operands."""
+"""Formats by name. "int8" and "int4" mean both operands; a "d" at the end means that every row of a
+dot's activations has a grid of its own, made at run time (dynamic quantization per token)."""
 
 
 class PlanError(ValueError):
     """A plan, a pattern or an option that does not fit the model."""
 
 
-def parse_format(name: str) -> tuple[int, int]:
-    """Weight and activation bits of a format's name.
+def parse_format(name: str) -> Format:
+    """The format of a name.
 
     >>> parse_format("w4a8")
-    (4, 8)
+    Format(weight_bits=4, activation_bits=8, dynamic=False)
     """
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, n=3)
@@ -39,26 +44,40 @@ def parse_format(name: str) -> tuple[int, int]:
     return FORMATS[name]
 
 
-def format_name(weight_bits: int, activation_bits: int) -> str:
+def candidates_for(formats: Iterable[str]) -> CandidateSet:
+    """The candidates that scores must hold for formats: the usual ones, and others behind them.
+
+    Args:
+      formats: names of formats.
+
+    >>> candidates_for(["w8a8", "w4a8d"]).activations[6:]
+    (Candidate(bits=8, rounding='nearest', dynamic=True),)
+    """
+    found = [parse_format(name) for name in formats]
+    return CandidateSet().holding(
+        [Candidate(f.activation_bits, dynamic=True) for f in found if f.dynamic]
+    )
+
+
+def format_name(weight_bits: int, activation_bits: int, dynamic: bool = False) -> str:
     """The name of a format; of an activation x activation dot only the activations count.
 
-    >>> format_name(4, 8), format_name(32, 8), format_name(32, 32)
-    ('w4a8', 'a8', 'float')
+    >>> format_name(4, 8), format_name(32, 8, dynamic=True), format_name(32, 32)
+    ('w4a8', 'a8d', 'float')
     """
     weight = f"w{weight_bits}" if weight_bits < FLOAT_BITS else ""
     activation = f"a{activation_bits}" if activation_bits < FLOAT_BITS else ""
-    return weight + activation or "float"
+    return weight + activation + "d" * dynamic or "float"
 
 
-def fit(row: LayerRow, bits: tuple[int, int]) -> tuple[int, int]:
+def fit(row: LayerRow, wanted: Format) -> Format:
     """A format as a layer can have it.
 
     An embedding table that is only looked up has no activations to quantize, and an
-    activation x activation dot has no weight: weight-only formats leave it in float.
+    activation x activation dot has no weight: weight-only formats leave it in float. A convolution
+    has no rows: its activations get a calibrated grid where rows would have their own.
     """
-    weight, activation = bits
-    if not row.has_weight:
-        return FLOAT_BITS, activation
-    if row.is_lookup:
-        return weight, FLOAT_BITS
-    return weight, activation
+    weight = wanted.weight_bits if row.has_weight else FLOAT_BITS
+    activation = FLOAT_BITS if row.is_lookup else wanted.activation_bits
+    dynamic = wanted.dynamic and activation < FLOAT_BITS and row.has_rows
+    return Format(weight, activation, dynamic)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrmils.graph import Graph, LayerRow, tabulate
+from jaxrmils.graph import Format, Graph, LayerRow, tabulate
 from jaxrmils.numerics.calibration import Ranges, check_params
 from jaxrmils.policies.constraints import nearest_layer
 from jaxrmils.policies.costs import Costs
@@ -95,7 +95,7 @@ def squared_output_costs(
     >>> [layer.format for layer in costs.options["w"]]
     ['float', 'w8a8', 'w8a4', 'w4a8', 'w4a4']
     """
-    bits = _checked(graph, params, ranges, formats)
+    bits = _checked_bits(graph, params, ranges, formats)
     noise = _noise(graph, params, NEAREST)
 
     def step(inputs: Any, targets: Any) -> Any:
@@ -142,7 +142,7 @@ def sqnr_costs(
         signal that is zero throughout (it names the site).
       TraceError: params or inputs that do not fit.
     """
-    bits = _checked(graph, params, ranges, formats)
+    bits = _checked_bits(graph, params, ranges, formats)
     noise = _noise(graph, params, NEAREST)
 
     def step(inputs: Any, targets: Any) -> Any:
@@ -207,7 +207,7 @@ def fisher_costs(
     References:
       Kunstner et al. (2019), arXiv 1905.12558, on what the empirical Fisher information is not.
     """
-    _checked(graph, params, ranges, formats)
+    _checked_bits(graph, params, ranges, formats)
     noise = _noise(graph, params, NEAREST)
 
     def step(inputs: Any, targets: Any) -> Any:
@@ -280,7 +280,7 @@ def hessian_trace_costs(
     References:
       Dong et al. (2020), HAWQ-V2, arXiv 1911.03852. Yao et al. (2021), HAWQ-V3, arXiv 2011.10680.
     """
-    _checked(graph, params, ranges, formats)
+    _checked_bits(graph, params, ranges, formats)
     if iter(batches) is batches:
         raise ScoreError(
             "batches is a one-shot iterator, but two passes are made; pass a list or a data set"
@@ -378,14 +378,28 @@ def measured_costs(
 
 def _checked(
     graph: Graph, params: Any, ranges: Ranges, formats: Sequence[str]
-) -> tuple[tuple[int, int], ...]:
-    """The formats' bits, if everything fits together."""
+) -> tuple[Format, ...]:
+    """The formats, if everything fits together."""
     if not formats or isinstance(formats, str):
         raise PlanError(f"formats is {formats!r}; expected some, such as ('w8a8', 'w4a8')")
-    bits = tuple(parse_format(name) for name in formats)
+    found = tuple(parse_format(name) for name in formats)
     check_params(graph, params)
     check_ranges(graph, ranges)
-    return bits
+    return found
+
+
+def _checked_bits(
+    graph: Graph, params: Any, ranges: Ranges, formats: Sequence[str]
+) -> tuple[tuple[int, int], ...]:
+    """The formats' bits; PlanError for what has more than bits."""
+    found = _checked(graph, params, ranges, formats)
+    for name, each in zip(formats, found, strict=True):
+        if each.dynamic:
+            raise PlanError(
+                f"{name}: these costs know calibrated grids for whole tensors alone; take "
+                "'measured', or an objective of scores, such as 'squared'"
+            )
+    return tuple((each.weight_bits, each.activation_bits) for each in found)
 
 
 def _options(

@@ -54,7 +54,8 @@ def layer_options(
       roundings: "nearest"; "directed" for a second option of every activation format, each operand
         rounded down or up, whichever has the smaller mean contribution (against the sign of
         E[p . 1]); or the roundings of that second option, as
-        `jaxrmils.sensitivity.directions` proposes them where they pay.
+        `jaxrmils.sensitivity.directions` proposes them where they pay. Dynamic activations have no
+        second option.
 
     Returns:
       Per layer, in the model's order: float, then the formats. Activation formats are left out
@@ -72,15 +73,14 @@ def layer_options(
         found = [FLOAT_LAYER]
         reached = all(a.site in scores.ranges.grids for a in row.activations)
         for name in formats:
-            weight, activation = fit(row, parse_format(name))
-            if activation == FLOAT_BITS:
-                found.append(LayerPlan(weight))
+            own = fit(row, parse_format(name))
+            if own.activation_bits == FLOAT_BITS:
+                found.append(LayerPlan.of(own))
             elif reached:
-                nearest = ("nearest",) * len(row.activations)
-                found.append(LayerPlan(weight, activation, nearest))
-                found.append(
-                    LayerPlan(weight, activation, _rounding(scores, row, activation, roundings))
-                )
+                found.append(LayerPlan.of(own, ("nearest",) * len(row.activations)))
+                if not own.dynamic:
+                    rounding = _rounding(scores, row, own.activation_bits, roundings)
+                    found.append(LayerPlan.of(own, rounding))
         result[row.name] = tuple(dict.fromkeys(found))
     return result
 

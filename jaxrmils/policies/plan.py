@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrmils.graph import Graph, ModelTable
+from jaxrmils.graph import Format, Graph, ModelTable
 from jaxrmils.numerics import ROUNDINGS, Rounding
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError, format_name
 from jaxrmils.sensitivity import Candidate, Curvature, Scores
@@ -27,6 +27,7 @@ class LayerPlan:
       rounding: rounding direction of every activation operand, in the order of
         `LayerRow.activations`; empty where the activations stay float.
       weight_rounding: rounding of the weight.
+      dynamic: whether every row of the activations has a grid of its own, made at run time.
 
     >>> LayerPlan(8, 8, ("floor",)).format
     'w8a8'
@@ -36,11 +37,42 @@ class LayerPlan:
     activation_bits: int = FLOAT_BITS
     rounding: tuple[Rounding, ...] = ()
     weight_rounding: Rounding = "nearest"
+    dynamic: bool = False
+
+    @staticmethod
+    def of(format_: Format, rounding: tuple[Rounding, ...] = ()) -> LayerPlan:
+        """A layer in a format.
+
+        >>> LayerPlan.of(Format(8, 8, dynamic=True), ("nearest",)).format
+        'w8a8d'
+        """
+        return LayerPlan(
+            format_.weight_bits, format_.activation_bits, rounding, dynamic=format_.dynamic
+        )
+
+    @property
+    def bits(self) -> Format:
+        """Its format."""
+        return Format(self.weight_bits, self.activation_bits, self.dynamic)
 
     @property
     def format(self) -> str:
-        """Its format's name ("w8a8", "w4", "a8", "float")."""
-        return format_name(self.weight_bits, self.activation_bits)
+        """Its format's name ("w8a8", "w4", "a8", "w8a8d", "float")."""
+        return format_name(*self.bits)
+
+    @property
+    def weight_candidate(self) -> Candidate:
+        """What happens to its quantized weight."""
+        return Candidate(self.weight_bits, self.weight_rounding)
+
+    @property
+    def activation_candidates(self) -> tuple[Candidate, ...]:
+        """What happens to every quantized activation operand."""
+        return tuple(map(self.candidate, self.rounding))
+
+    def candidate(self, rounding: Rounding) -> Candidate:
+        """What happens to an activation operand with this rounding."""
+        return Candidate(self.activation_bits, rounding, self.dynamic)
 
     @property
     def is_float(self) -> bool:
@@ -65,9 +97,9 @@ class Plan:
     fingerprint: str
     policy: Mapping[str, Any] = field(default_factory=dict)
 
-    def formats(self) -> dict[str, tuple[int, int]]:
-        """Per layer (weight bits, activation bits), as `ModelTable.size_bits` reads them."""
-        return {n: (p.weight_bits, p.activation_bits) for n, p in self.layers.items()}
+    def formats(self) -> dict[str, Format]:
+        """Per layer its format, as `ModelTable.size_bits` reads them."""
+        return {n: p.bits for n, p in self.layers.items()}
 
     @property
     def is_float(self) -> bool:
@@ -128,6 +160,13 @@ def _check_layer(name: str, layer: LayerPlan, table: ModelTable) -> None:
         raise PlanError(
             f"layer {name}: int{layer.activation_bits} activations need an integer weight; "
             "a float weight was planned"
+        )
+    if layer.dynamic and layer.activation_bits == 4:
+        raise PlanError(f"layer {name}: dynamic activations have 8 bits; 4 were planned")
+    if layer.dynamic and not (quantized and row.has_rows):
+        raise PlanError(
+            f"layer {name} is planned in {layer.format}, but has no quantized activations whose "
+            "rows could have grids of their own; only dots have (not convolutions or lookups)"
         )
     if quantized and row.is_lookup:
         raise PlanError(f"layer {name} is an embedding lookup, which reads no activations")
@@ -204,10 +243,9 @@ def predict_second_order(
         total = np.zeros(len(curvature), np.float64)
         try:
             if layer.weight_bits < FLOAT_BITS:
-                candidate = Candidate(layer.weight_bits, layer.weight_rounding)
-                total += curvature.weight(name, candidate)
-            for row, rounding in zip(table.layer[name].activations, layer.rounding, strict=False):
-                candidate = Candidate(layer.activation_bits, rounding)
+                total += curvature.weight(name, layer.weight_candidate)
+            rows = table.layer[name].activations
+            for row, candidate in zip(rows, layer.activation_candidates, strict=False):
                 total += curvature.activation(row.site, row.position, candidate)
         except ValueError as error:
             raise PlanError(f"layer {name}: no curvature for the format {layer.format}") from error
@@ -219,11 +257,28 @@ def _parts(scores: Scores, name: str, layer: LayerPlan) -> list[np.ndarray]:
     parts = []
     try:
         if layer.weight_bits < FLOAT_BITS:
-            parts.append(scores.weight(name, Candidate(layer.weight_bits, layer.weight_rounding)))
+            parts.append(scores.weight(name, layer.weight_candidate))
         rows = scores.table.layer[name].activations
-        for row, rounding in zip(rows, layer.rounding, strict=False):
-            candidate = Candidate(layer.activation_bits, rounding)
+        for row, candidate in zip(rows, layer.activation_candidates, strict=False):
             parts.append(scores.activation(row.site, row.position, candidate))
     except ValueError as error:
-        raise PlanError(f"layer {name}: the format {layer.format} was not scored") from error
+        wanted = {"activation": layer.activation_candidates}
+        if layer.weight_bits < FLOAT_BITS:
+            wanted["weight"] = (layer.weight_candidate,)
+        raise PlanError(
+            f"layer {name}: the format {layer.format} was not scored; {_advice(scores, wanted)}"
+        ) from error
     return parts
+
+
+def _advice(scores: Scores, wanted: Mapping[str, tuple[Candidate, ...]]) -> str:
+    """What to score, by the operand's kind."""
+    missing = []
+    for kind, candidates in wanted.items():
+        known = getattr(scores, f"{kind}_candidates")
+        found = [str(c) for c in dict.fromkeys(candidates) if c not in known]
+        if found:
+            missing.append(f"{kind}_candidates with {', '.join(found)}")
+    if not missing:
+        return "no calibration example reached it"
+    return f"score it with {' and '.join(missing)}, see `candidates_for`"

@@ -203,7 +203,7 @@ class RefinementSearch:
         for bits, name in self.programme.choices.formats.items():
             distance = np.zeros(len(self.programme.columns))
             for i, (layer, p) in enumerate(self.programme.columns):
-                if (p.weight_bits, p.activation_bits) != fit(table.layer[layer], bits):
+                if p.bits != fit(table.layer[layer], bits):
                     distance[i] = 4.0 if p.is_float else 8.0
                 elif any(r != "nearest" for r in p.rounding):
                     distance[i] = 1.0
@@ -268,7 +268,7 @@ def sides_of(n: int, folds: int, numbers: np.ndarray | None, seed: int) -> list[
 def first_beliefs(programme: Programme, costs: Costs) -> np.ndarray:
     """float64 [columns]: first beliefs, above 0 where anything is quantized."""
     values = np.array([costs.options[name][p] for name, p in programme.columns])
-    formats = np.array([f"{p.weight_bits}/{p.activation_bits}" for _, p in programme.columns])
+    formats = np.array([p.format for _, p in programme.columns])
     quantized = np.array([not p.is_float for _, p in programme.columns], bool)
     if (values < 0).any():
         name, layer = programme.columns[int(np.argmin(values))]

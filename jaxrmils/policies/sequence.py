@@ -329,14 +329,15 @@ def _options(
 
 def _in_format(row: LayerRow, name: str, directions: Directions | None) -> LayerPlan:
     """A layer in a format, with the proposed roundings where there are any."""
-    weight, activation = fit(row, parse_format(name))
-    if activation == FLOAT_BITS:
-        return LayerPlan(weight, activation)
-    by_site = (directions or {}).get(activation, {})
+    own = fit(row, parse_format(name))
+    if own.activation_bits == FLOAT_BITS:
+        return LayerPlan.of(own)
+    # Directions are those of calibrated grids.
+    by_site = {} if own.dynamic else (directions or {}).get(own.activation_bits, {})
     rounding: tuple[Rounding, ...] = tuple(
         by_site[a.site][a.position] if a.site in by_site else "nearest" for a in row.activations
     )
-    return LayerPlan(weight, activation, rounding)
+    return LayerPlan.of(own, rounding)
 
 
 def _frontier(measured: Any, margin: float, search: Search) -> list[MeasuredPlan]:

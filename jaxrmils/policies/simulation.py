@@ -17,16 +17,22 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxrmils.graph import Graph, tabulate
+from jaxrmils.numerics import Rounding
 from jaxrmils.numerics.calibration import Ranges, check_params
 from jaxrmils.numerics.placement import Layout, in_reading_order, spread, to_host, with_params
-from jaxrmils.policies.attribution import PlanAttribution, by_layer, checked, finite
-from jaxrmils.policies.formats import FLOAT_BITS, PlanError
-from jaxrmils.policies.plan import Plan, check_plan, roundings_by_site
+from jaxrmils.policies.attribution import (
+    PlanAttribution,
+    by_layer,
+    checked,
+    finite,
+    formats_of,
+)
+from jaxrmils.policies.formats import PlanError
+from jaxrmils.policies.plan import Plan, check_plan
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import (
-    ACTIVATION_CANDIDATES,
-    WEIGHT_CANDIDATES,
     Candidate,
+    CandidateSet,
     Formats,
     Loss,
     ScoreError,
@@ -35,6 +41,9 @@ from jaxrmils.sensitivity import (
     secant,
     weight_noise,
 )
+
+_USUAL = CandidateSet()
+_DIRECTIONS: tuple[Rounding, ...] = ("nearest", "floor", "ceil")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,28 +64,62 @@ class Simulator:
 
     @functools.cached_property
     def noise(self) -> Any:
-        """`noise(params)`: what `weight_noise` returns."""
-        return jax.jit(lambda params: weight_noise(self.graph, params))
+        """`noise(params)`: what `weight_noise` returns; `candidates` as in `losses`."""
+
+        def step(params: Any, candidates: CandidateSet = _USUAL) -> Any:
+            return weight_noise(self.graph, params, candidates.weights)
+
+        return jax.jit(step, static_argnames="candidates")
 
     @functools.cached_property
     def losses(self) -> Any:
-        """`losses(params, noise, ranges, switches, inputs, targets)`: float32 [batch]."""
+        """`losses(params, noise, ranges, switches, inputs, targets)`: float32 [batch].
 
-        def step(params: Any, noise: Any, ranges: Any, switches: Any, x: Any, y: Any) -> Any:
+        What the switches mean is a last argument, `candidates`, for which it is compiled.
+        """
+
+        def step(
+            params: Any,
+            noise: Any,
+            ranges: Any,
+            switches: Any,
+            x: Any,
+            y: Any,
+            candidates: CandidateSet = _USUAL,
+        ) -> Any:
             return perturbed_losses(
-                self.graph, params, x, y, self.loss, ranges, *switches, noise=noise
+                self.graph,
+                params,
+                x,
+                y,
+                self.loss,
+                ranges,
+                *switches,
+                activation_candidates=candidates.activations,
+                weight_candidates=candidates.weights,
+                noise=noise,
             )
 
-        return jax.jit(step)
+        return jax.jit(step, static_argnames="candidates")
 
     @functools.cached_property
     def secants(self) -> Any:
-        """`secants(params, noise, ranges, switches, inputs, targets, float_loss)`: attributions."""
+        """`secants(params, noise, ranges, switches, inputs, targets, float_loss)`: attributions.
+
+        `candidates` as in `losses`.
+        """
 
         def step(
-            params: Any, noise: Any, ranges: Any, switches: Any, x: Any, y: Any, float_loss: Any
+            params: Any,
+            noise: Any,
+            ranges: Any,
+            switches: Any,
+            x: Any,
+            y: Any,
+            float_loss: Any,
+            candidates: CandidateSet = _USUAL,
         ) -> Any:
-            formats = Formats(*switches)
+            formats = Formats(*switches, candidates=candidates)
             return secant(
                 self.graph,
                 params,
@@ -90,7 +133,7 @@ class Simulator:
                 float_loss=float_loss,
             )
 
-        return jax.jit(step)
+        return jax.jit(step, static_argnames="candidates")
 
     def on(self, params: Any, ranges: Ranges, batches: Sequence[tuple[Any, Any]]) -> Simulation:
         """The simulation of these parameters on these examples, which it reads in every pass.
@@ -128,7 +171,7 @@ class Simulation:
     @functools.cached_property
     def _float_losses(self) -> tuple[np.ndarray, np.ndarray]:
         """And whose examples they are."""
-        return self._losses(to_host(all_off(self.simulator.graph, self.ranges)))
+        return self._losses(to_host(all_off(self.simulator.graph, self.ranges)), _USUAL)
 
     def change(self, plan: Plan) -> np.ndarray:
         """float64 [N]: quantized minus float loss of every example.
@@ -137,15 +180,16 @@ class Simulation:
           PlanError: the plan is for another model, or quantizes what has no range.
           ScoreError: a loss is not finite.
         """
-        return self._losses(self._switches(plan))[0] - self.float_loss
+        return self._losses(*self._switches(plan))[0] - self.float_loss
 
     def attribute(self, plan: Plan, progress: Progress = silent) -> PlanAttribution:
         """The plan's joint change, shared out among its layers; see `attribute`."""
-        switches, parts, readers = self._switches(plan), [], []
+        (switches, candidates), parts, readers = self._switches(plan), [], []
+        noise = self._noise_of(candidates)
         read = progress(self._with_float_losses(), "attributing", len(self.batches))
         for number, placed in enumerate(spread(read, self.simulator.sharding)):
             found = self.simulator.secants(
-                self.params, self.noise, self.ranges, switches, *placed.values
+                self.params, noise, self.ranges, switches, *placed.values, candidates=candidates
             )
             parts.append(finite(placed.taken(found), number))
             readers.append(placed.readers)
@@ -163,16 +207,32 @@ class Simulation:
             yield inputs, targets, losses[start:stop].astype(np.float32)
             start = stop
 
-    def _switches(self, plan: Plan) -> Any:
-        check_plan(plan, tabulate(self.simulator.graph))
-        return to_host(plan_switches(self.simulator.graph, self.ranges, plan))
+    def _switches(self, plan: Plan) -> tuple[Any, CandidateSet]:
+        """A plan's switches, and what they mean."""
+        graph = self.simulator.graph
+        check_plan(plan, tabulate(graph))
+        candidates = switch_candidates(graph, plan)
+        return to_host(plan_switches(graph, self.ranges, plan, candidates)), candidates
 
-    def _losses(self, switches: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _noise_of(self, candidates: CandidateSet) -> Any:
+        """The weights' noise under candidates; made once for each set."""
+        if candidates.weights == _USUAL.weights:
+            return self.noise
+        if candidates.weights not in self._noises:
+            made = self.simulator.noise(self.params, candidates=candidates)
+            self._noises[candidates.weights] = made
+        return self._noises[candidates.weights]
+
+    @functools.cached_property
+    def _noises(self) -> dict[tuple[Candidate, ...], Any]:
+        return {}
+
+    def _losses(self, switches: Any, candidates: CandidateSet) -> tuple[np.ndarray, np.ndarray]:
         """float64 [N], and whose examples they are."""
-        parts, readers = [], []
+        parts, readers, noise = [], [], self._noise_of(candidates)
         for placed in spread(self.batches, self.simulator.sharding):
             found = self.simulator.losses(
-                self.params, self.noise, self.ranges, switches, *placed.values
+                self.params, noise, self.ranges, switches, *placed.values, candidates=candidates
             )
             parts.append(placed.taken(found).astype(np.float64))
             readers.append(placed.readers)
@@ -187,8 +247,28 @@ class Simulation:
         return losses, readers
 
 
+def switch_candidates(graph: Graph, plan: Plan) -> CandidateSet:
+    """What a plan's switches must be able to say: the usual candidates, and others behind them.
+
+    A program is compiled for a set. Plans of the formats that are always scored share one; those
+    with dynamic activations have a program of their own, which knows rows' grids in all roundings.
+
+    Args:
+      graph: from `trace`.
+      plan: from a policy.
+    """
+    formats = formats_of(graph, plan)
+    activations = [
+        dataclasses.replace(c, rounding=rounding)
+        for each in formats.activations.values()
+        for c in each
+        for rounding in _DIRECTIONS
+    ]
+    return _USUAL.holding(activations, formats.weights.values())
+
+
 def plan_switches(
-    graph: Graph, ranges: Ranges, plan: Plan
+    graph: Graph, ranges: Ranges, plan: Plan, candidates: CandidateSet = _USUAL
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """A plan as `perturbed_losses` takes it.
 
@@ -196,26 +276,34 @@ def plan_switches(
       graph: from `trace`.
       ranges: from `calibrate`.
       plan: from a policy.
+      candidates: what switches mean, as from `switch_candidates`.
 
     Returns:
       Per site, int32 [operands], and per weight, an int32 scalar: 0 for float, k + 1 for candidate
-      k of `ACTIVATION_CANDIDATES` and of `WEIGHT_CANDIDATES`.
+      k of the set.
 
     Raises:
-      PlanError: a planned site has no range.
+      PlanError: a planned site has no range, or the set lacks a format of the plan.
     """
     activations, weights = all_off(graph, ranges)
-    for name, layer in plan.layers.items():
-        if layer.weight_bits < FLOAT_BITS:
-            candidate = Candidate(layer.weight_bits, layer.weight_rounding)
-            weights[name] = jnp.int32(WEIGHT_CANDIDATES.index(candidate) + 1)
-    for site, roundings in roundings_by_site(graph, plan).items():
+    formats = formats_of(graph, plan)
+    for name, candidate in formats.weights.items():
+        weights[name] = jnp.int32(_switch(candidate, candidates.weights))
+    for site, own in formats.activations.items():
         if site not in activations:
             raise PlanError(
                 f"site {site} is planned in integers, but no calibration example reached it, so it "
                 "has no range; skip it or calibrate on examples that reach it"
             )
-        bits = plan.layers[graph.site[site].layer].activation_bits
-        switches = [ACTIVATION_CANDIDATES.index(Candidate(bits, r)) + 1 for r in roundings]
+        switches = [_switch(candidate, candidates.activations) for candidate in own]
         activations[site] = jnp.asarray(switches, jnp.int32)
     return activations, weights
+
+
+def _switch(candidate: Candidate, known: Sequence[Candidate]) -> int:
+    if candidate not in known:
+        raise PlanError(
+            f"the plan has {candidate}, which these switches can't say; pass "
+            "`switch_candidates(graph, plan)`"
+        )
+    return known.index(candidate) + 1

@@ -135,11 +135,9 @@ def columns_of(moments: ScoreMoments, name: str, layer: LayerPlan) -> list[int]:
     columns = []
     try:
         if layer.weight_bits < FLOAT_BITS:
-            candidate = Candidate(layer.weight_bits, layer.weight_rounding)
-            columns += moments.weight_columns(name, candidate)
+            columns += moments.weight_columns(name, layer.weight_candidate)
         rows = moments.table.layer[name].activations
-        for row, rounding in zip(rows, layer.rounding, strict=False):
-            candidate = Candidate(layer.activation_bits, rounding)
+        for row, candidate in zip(rows, layer.activation_candidates, strict=False):
             columns += moments.activation_columns(row.site, row.position, candidate)
     except ValueError as error:
         raise PlanError(f"layer {name}: the format {layer.format} was not scored") from error

@@ -1,8 +1,10 @@
 """Stage 3: what quantization noise does to the loss, layer by layer."""
 
 from jaxrmils.sensitivity.candidates import ACTIVATION_CANDIDATES as ACTIVATION_CANDIDATES
+from jaxrmils.sensitivity.candidates import DYNAMIC_CANDIDATES as DYNAMIC_CANDIDATES
 from jaxrmils.sensitivity.candidates import WEIGHT_CANDIDATES as WEIGHT_CANDIDATES
 from jaxrmils.sensitivity.candidates import Candidate as Candidate
+from jaxrmils.sensitivity.candidates import CandidateSet as CandidateSet
 from jaxrmils.sensitivity.curvature import Curvature as Curvature
 from jaxrmils.sensitivity.curvature import SecondOrder as SecondOrder
 from jaxrmils.sensitivity.curvature import curvature as curvature

@@ -14,6 +14,9 @@ that:
 * on CPU, a loop over blocks that stay in cache. A loop's body is compiled apart, so nothing is
   computed ahead of it, and a sum of block sums is also more accurate than one long sum.
 
+A grid for every row (dynamic candidates) does not fit into blocks of a flat array: their sums are
+plain reductions beside the others.
+
 Codes are those of `numerics.quantize`, called as it is. A sum is that of a float32 reduction: the
 order of the additions differs from `jnp.sum`'s, and XLA may fuse the product code * scale with the
 subtraction of h, which leaves out one rounding.
@@ -21,14 +24,15 @@ subtraction of h, which leaves out one rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxrmils.numerics import QuantParams, dequantize, quantize
+from jaxrmils.graph import SiteCall
+from jaxrmils.numerics import QuantParams, dequantize, quantize, row_params
 from jaxrmils.sensitivity.candidates import Candidate
 
 GRADIENT_STATISTICS = 2  # p . 1 and |p|^2, behind the candidates
@@ -43,10 +47,41 @@ def noise(x: Any, grid: QuantParams, candidate: Candidate) -> Any:
     return dequantize(quantize(x, grid, candidate.rounding), grid) - x
 
 
+def grid_of(
+    call: SiteCall, index: int, x: Any, grids: Mapping[int, QuantParams], candidate: Candidate
+) -> QuantParams:
+    """The grid of an operand under a candidate.
+
+    Args:
+      call: the site's.
+      index: of the operand.
+      x: its value.
+      grids: its calibrated grids by width.
+      candidate: a format; a dynamic one gets the grids of the rows of x, if the site is a dot.
+    """
+    rows = row_grids(call, index, x, (candidate,))
+    return rows[candidate.bits] if rows else grids[candidate.bits]
+
+
+def row_grids(
+    call: SiteCall, index: int, x: Any, candidates: Sequence[Candidate]
+) -> dict[int, QuantParams]:
+    """The grids of an operand's rows by width: those that dynamic candidates need of a dot."""
+    if call.site.kind != "dot":
+        return {}
+    axes = call.contracted(index)
+    widths = dict.fromkeys(c.bits for c in candidates if c.dynamic)
+    return {bits: row_params(x, bits=bits, axes=axes) for bits in widths}
+
+
 # Under jit, sites of one shape are traced once.
 @partial(jax.jit, static_argnums=0)
 def contract(
-    candidates: tuple[Candidate, ...], g: Any, h: Any, grids: Mapping[int, QuantParams]
+    candidates: tuple[Candidate, ...],
+    g: Any,
+    h: Any,
+    grids: Mapping[int, QuantParams],
+    rows: Mapping[int, QuantParams] | None = None,
 ) -> Any:
     """Contracts a gradient with every candidate's noise.
 
@@ -55,6 +90,8 @@ def contract(
       g: the gradient, any shape and float dtype.
       h: the activation, the same shape.
       grids: one grid for the whole activation, for every width.
+      rows: the grids of its rows, for the widths of dynamic candidates; without, they are taken
+        for static ones.
 
     Returns:
       float32 [K + 2]: <g, Q_k(h) - h> for every candidate, the sum of g, and |g|^2.
@@ -65,6 +102,17 @@ def contract(
     >>> print(contract((Candidate(8, "floor"), Candidate(8, "ceil")), g, h, {8: grid}))
     [-0.75  0.75  3.    5.  ]
     """
+    rows = rows or {}
+    if rows and any(c.dynamic for c in candidates):
+        rest = tuple(c for c in candidates if not c.dynamic)
+        flat = contract(rest, g, h, grids)
+        sums = [
+            jnp.sum(g.astype(jnp.float32) * noise(h, rows[c.bits], c))
+            if c.dynamic
+            else flat[rest.index(c)]
+            for c in candidates
+        ]
+        return jnp.concatenate([jnp.stack(sums), flat[len(rest) :]])
     # The loop is for CPU: an accelerator runs the plain reduction in one kernel, and would launch
     # several for every step of a loop.
     return jax.lax.platform_dependent(

@@ -45,6 +45,7 @@ from jaxrmils.numerics.calibration import Ranges, check_params
 from jaxrmils.numerics.placement import Placed, in_reading_order, spread, to_host, with_params
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity.candidates import ACTIVATION_CANDIDATES, WEIGHT_CANDIDATES, Candidate
+from jaxrmils.sensitivity.contraction import grid_of
 from jaxrmils.sensitivity.contraction import noise as activation_noise
 from jaxrmils.sensitivity.scores import check_targets
 from jaxrmils.sensitivity.tangent import (
@@ -238,7 +239,11 @@ def _noisy_operands(
     site, operands = call.site, list(call.operands())
     for position, index in enumerate(site.activations if site.name in multipliers else ()):
         x, grids = jax.lax.stop_gradient(operands[index]), call.state[position]
-        branches = [lambda x, c=c, g=grids: activation_noise(x, g[c.bits], c) for c in candidates]
+        chosen = [grid_of(call, index, x, grids, c) for c in candidates]
+        branches = [
+            lambda x, c=c, g=grid: activation_noise(x, g, c)
+            for c, grid in zip(candidates, chosen, strict=True)
+        ]
         eps = jax.lax.switch(candidate, branches, x)
         operands[index] = _plus(operands[index], multipliers[site.name][position] * eps)
     return call.bind_highest(*operands), None

@@ -20,6 +20,7 @@ from jaxrmils.sensitivity.candidates import (
     WEIGHT_CANDIDATES,
     Candidate,
 )
+from jaxrmils.sensitivity.contraction import grid_of
 from jaxrmils.sensitivity.tangent import Loss, ScoreError, check_ranges, weight_noise
 
 FLOAT = 0  # a switch in this position leaves its operand alone; k + 1 is candidate k
@@ -101,9 +102,10 @@ def perturbed_outputs(
         site, operands = call.site, list(call.operands())
         for position, index in enumerate(site.activations):
             if site.name in activation_switches:
+                x, grids = operands[index].astype(jnp.float32), call.state[position]
                 operands[index] = switched_quant(
-                    operands[index].astype(jnp.float32),
-                    [call.state[position][c.bits] for c in activation_candidates],
+                    x,
+                    [grid_of(call, index, x, grids, c) for c in activation_candidates],
                     [c.rounding for c in activation_candidates],
                     activation_switches[site.name][position],
                 )

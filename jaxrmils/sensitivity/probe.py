@@ -25,7 +25,11 @@ from jaxrmils.sensitivity.contraction import noise as noise
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def activation_probe(
-    candidates: tuple[Candidate, ...], h: Any, slot: Any, grids: Mapping[int, QuantParams]
+    candidates: tuple[Candidate, ...],
+    h: Any,
+    slot: Any,
+    grids: Mapping[int, QuantParams],
+    rows: Mapping[int, QuantParams] | None = None,
 ) -> Any:
     """The identity in h.
 
@@ -35,19 +39,24 @@ def activation_probe(
       slot: float32 [K + 2]; its cotangent is <g, Q_k(h) - h> for every candidate, then the sum
         and the sum of squares of g.
       grids: the activation's grid for every width.
+      rows: the grids of its rows, as in `contract`.
     """
     return h
 
 
 def _activation_forward(
-    candidates: tuple[Candidate, ...], h: Any, slot: Any, grids: Mapping[int, QuantParams]
+    candidates: tuple[Candidate, ...],
+    h: Any,
+    slot: Any,
+    grids: Mapping[int, QuantParams],
+    rows: Mapping[int, QuantParams] | None = None,
 ) -> tuple[Any, Any]:
-    return h, (h, grids)
+    return h, (h, grids, rows)
 
 
 def _activation_backward(candidates: tuple[Candidate, ...], residual: Any, g: Any) -> Any:
-    h, grids = residual
-    return g, contract(candidates, g, h, grids), None
+    h, grids, rows = residual
+    return g, contract(candidates, g, h, grids, rows), None, None
 
 
 activation_probe.defvjp(_activation_forward, _activation_backward)

@@ -30,7 +30,8 @@ import numpy as np
 from jaxrmils.graph import Graph, SiteCall, interpret
 from jaxrmils.numerics import switched_quant
 from jaxrmils.numerics.calibration import Ranges
-from jaxrmils.sensitivity.candidates import ACTIVATION_CANDIDATES, Candidate
+from jaxrmils.sensitivity.candidates import Candidate, CandidateSet
+from jaxrmils.sensitivity.contraction import grid_of
 from jaxrmils.sensitivity.contraction import noise as activation_noise
 from jaxrmils.sensitivity.perturb import switched_noise
 from jaxrmils.sensitivity.tangent import Loss, ScoreError, float32_operation, weight_noise
@@ -41,16 +42,19 @@ class Formats:
     """What a network quantizes: every operand is on its own.
 
     A format is a candidate, known when the function is compiled, or a switch: an int32 scalar
-    that may be traced, 0 for float and k + 1 for candidate k of `ACTIVATION_CANDIDATES` or
-    `WEIGHT_CANDIDATES`. Switches let one compiled function serve every plan.
+    that may be traced, 0 for float and k + 1 for candidate k of the set. Switches let one compiled
+    function serve every plan.
 
     Attributes:
       activations: per site, a candidate, None (float) or a switch for every activation operand.
       weights: per weight name, a candidate or a switch; missing means float.
+      candidates: what switches mean; without more, `ACTIVATION_CANDIDATES` and
+        `WEIGHT_CANDIDATES`.
     """
 
     activations: Mapping[str, Sequence[Any]]
     weights: Mapping[str, Any]
+    candidates: CandidateSet = dataclasses.field(default_factory=CandidateSet)
 
 
 @functools.partial(
@@ -114,7 +118,8 @@ def secant(
       ranges: from `calibrate`.
       formats: what is quantized, and how.
       points: T, the number of Gauss-Legendre points.
-      noise: `weight_noise(graph, params)` if it is already known; only switches read it.
+      noise: `weight_noise(graph, params, formats.candidates.weights)` if it is already known; only
+        switches read it.
       float_loss: float32 [batch], the float model's losses if they are already known; otherwise
         they cost a forward pass of their own.
 
@@ -213,7 +218,7 @@ def _deltas(
                 found[name] = delta
     switched = {name: c for name, c in formats.weights.items() if name not in fixed}
     if switched:
-        known = known or weight_noise(graph, params)
+        known = known or weight_noise(graph, params, formats.candidates.weights)
         for name, switch in switched.items():
             found[name] = switched_noise(known[name], switch)
     return found
@@ -242,7 +247,7 @@ def _quantize(formats: Formats, call: SiteCall) -> tuple[Any, Any]:
     candidates = formats.activations.get(site.name, ())
     for position, candidate in enumerate(candidates):
         index = site.activations[position]
-        eps = _eps(operands[index], call.state[position], candidate)
+        eps = _eps(call, index, operands[index], call.state[position], candidate, formats)
         record.append(eps)
         if candidate is None:
             continue
@@ -253,16 +258,24 @@ def _quantize(formats: Formats, call: SiteCall) -> tuple[Any, Any]:
     return call.bind_wide(*operands), record or None
 
 
-def _eps(x: Any, grids: Mapping[int, Any], candidate: Any) -> Any:
+def _eps(
+    call: SiteCall,
+    index: int,
+    x: Any,
+    grids: Mapping[int, Any],
+    candidate: Any,
+    formats: Formats,
+) -> Any:
     """Quantization noise of an operand, float32; `candidate` as in `Formats`."""
     if candidate is None:
         return jnp.zeros(x.shape, jnp.float32)
     if isinstance(candidate, Candidate):
-        return activation_noise(x, grids[candidate.bits], candidate)
+        return activation_noise(x, grid_of(call, index, x, grids, candidate), candidate)
+    known = formats.candidates.activations
     chosen = switched_quant(
         x.astype(jnp.float32),
-        [grids[c.bits] for c in ACTIVATION_CANDIDATES],
-        [c.rounding for c in ACTIVATION_CANDIDATES],
+        [grid_of(call, index, x, grids, c) for c in known],
+        [c.rounding for c in known],
         candidate,
     )
     return chosen - x.astype(jnp.float32)

@@ -27,6 +27,7 @@ from jaxrmils.sensitivity.candidates import (
     WEIGHT_CANDIDATES,
     Candidate,
 )
+from jaxrmils.sensitivity.contraction import row_grids
 from jaxrmils.sensitivity.probe import GRADIENT_STATISTICS, activation_probe, weight_probe
 
 Loss = Callable[[Any, Any], Any]
@@ -231,8 +232,9 @@ def _handler(
     if site.name in slots["activations"]:
         for position, index in enumerate(site.activations):
             slot = slots["activations"][site.name][position]
-            grids = call.state[position]
-            operands[index] = activation_probe(candidates, operands[index], slot, grids)
+            x, grids = operands[index], call.state[position]
+            rows = row_grids(call, index, jax.lax.stop_gradient(x), candidates)
+            operands[index] = activation_probe(candidates, x, slot, grids, rows)
     result = call.bind_highest(*operands)
     if site.name in slots["weights"]:
         assert site.weight is not None

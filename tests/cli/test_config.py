@@ -1,9 +1,14 @@
 """Config files and overrides: every mistake is named, with near matches."""
 
+import numpy as np
 import pytest
 
+import jaxrmils as jr
+from jaxrmils.artifacts import save_plan
+from jaxrmils.cli.checks import candidates_of
 from jaxrmils.cli.config import ConfigError, apply_overrides, load_config, resolve_function
 from jaxrmils.cli.defaults import base_config
+from jaxrmils.sensitivity import ACTIVATION_CANDIDATES, Candidate
 
 GOOD = """
 from jaxrmils.cli.defaults import base_config
@@ -97,3 +102,23 @@ def test_a_task_is_found_beside_its_config(tmp_path, config_file):
 def test_a_task_that_does_not_exist_is_an_error(name):
     with pytest.raises(ConfigError):
         resolve_function(name)
+
+
+def test_only_what_a_config_names_is_scored(tmp_path):
+    graph = jr.trace(lambda p, x: x @ p["w"], {"w": np.ones((3, 2), "f")}, np.ones((4, 3), "f"))
+    by_row = Candidate(8, dynamic=True)
+
+    def scored(*overrides):
+        config = apply_overrides(base_config(), [f"--config.policy.{each}" for each in overrides])
+        return candidates_of(config, graph).activations
+
+    assert scored() == scored("name=rmils", "formats=w8a8d") == ACTIVATION_CANDIDATES
+    save_plan(jr.uniform(jr.tabulate(graph), "w8a8d"), tmp_path / "plan.json")
+    for named in (
+        ("name=budget", "formats=w8a8,w8a8d"),
+        ("name=lossless", "formats=w4a8d"),
+        ("name=uniform", "format=w8a8d"),
+        ("name=rmils", "force=w*=w8a8d"),
+        ("name=file", f"file={tmp_path}/plan.json"),
+    ):
+        assert scored(*named) == (*ACTIVATION_CANDIDATES, by_row), named

@@ -6,6 +6,7 @@ import itertools
 from stages import calibrated, table_of, traced, unreached
 
 from jaxrmils import Plan, quantize, uniform
+from jaxrmils.graph import Format
 from jaxrmils.policies import LayerPlan, check_plan
 from jaxrmils.policies.formats import FLOAT_BITS, fit, parse_format
 
@@ -22,11 +23,9 @@ def plan_of(name, kind):
         return uniform(table, kind, skip=unreached(name))
     layers, directions = {}, itertools.cycle(_DIRECTIONS)
     for row, format in zip(table.layers, itertools.cycle(_MIXTURE)):
-        weight, activation = fit(row, parse_format(format))
-        if row.name in unreached(name):
-            weight = activation = FLOAT_BITS
-        count = len(row.activations) if activation < FLOAT_BITS else 0
-        layers[row.name] = LayerPlan(weight, activation, tuple(itertools.islice(directions, count)))
+        own = Format() if row.name in unreached(name) else fit(row, parse_format(format))
+        count = len(row.activations) if own.activation_bits < FLOAT_BITS else 0
+        layers[row.name] = LayerPlan.of(own, tuple(itertools.islice(directions, count)))
     plan = Plan(layers, table.fingerprint, {"name": "mixed"})
     check_plan(plan, table)
     return plan

@@ -81,7 +81,15 @@ def dots(draw):
     return *shapes, ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))
 
 
-zero_points = st.none() | st.sampled_from([-128, -1, 0, 127]) | st.integers(-128, 127)
+zero_points = st.sampled_from([None, "rows", -128, -1, 0, 127]) | st.integers(-128, 127)
+
+
+def zero_of(kind, seed, shape, contracting):
+    """None, a scalar, or random zero points for the rows of an operand of this shape."""
+    if kind != "rows":
+        return None if kind is None else np.int32(kind)
+    rows = [1 if d in contracting else n for d, n in enumerate(shape)]
+    return np.random.default_rng(seed).integers(-128, 128, rows, np.int32)
 
 
 @settings(max_examples=80, deadline=None)
@@ -96,15 +104,19 @@ zero_points = st.none() | st.sampled_from([-128, -1, 0, 127]) | st.integers(-128
 def test_any_order_of_dims(dot, lhs_zero_point, rhs_zero_point, precomputed, seed, backend):
     lhs_shape, rhs_shape, dimension_numbers = dot
     lhs, rhs = codes(seed, lhs_shape), codes(seed + 1, rhs_shape, extreme=seed % 2 == 0)
+    (lhs_contracting, rhs_contracting), _ = dimension_numbers
+    lhs_zero = zero_of(lhs_zero_point, seed, lhs_shape, lhs_contracting)
+    rhs_zero = zero_of(rhs_zero_point, seed + 1, rhs_shape, rhs_contracting)
     points = {
-        "lhs_zero_point": None if lhs_zero_point is None else jnp.int32(lhs_zero_point),
-        "rhs_zero_point": None if rhs_zero_point is None else jnp.int32(rhs_zero_point),
+        "lhs_zero_point": None if lhs_zero is None else jnp.asarray(lhs_zero),
+        "rhs_zero_point": None if rhs_zero is None else jnp.asarray(rhs_zero),
     }
     if precomputed:
         points["lhs_sum"] = operand_sum(lhs, dimension_numbers, "lhs")
         points["rhs_sum"] = operand_sum(rhs, dimension_numbers, "rhs")
     out = dot_int32(lhs, rhs, dimension_numbers, **points, backend=backend)
-    expected = reference(lhs, rhs, dimension_numbers, lhs_zero_point or 0, rhs_zero_point or 0)
+    lhs_zero, rhs_zero = (0 if zero is None else zero for zero in (lhs_zero, rhs_zero))
+    expected = reference(lhs, rhs, dimension_numbers, lhs_zero, rhs_zero)
     assert_exact(out, expected)
 
 
@@ -167,7 +179,7 @@ def test_wrong_arguments_are_named():
     lhs, rhs = codes(0, (2, 3)), codes(1, (3, 4))
     with pytest.raises(TypeError, match="int8 or int4, found float32"):
         dot_int32(lhs.astype(jnp.float32), rhs, MATMUL)
-    with pytest.raises(ValueError, match=r"rhs zero point must be a scalar, found shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"rhs zero point of shape \(4,\) must be a"):
         dot_int32(lhs, rhs, MATMUL, rhs_zero_point=jnp.zeros(4, jnp.int32))
     with pytest.raises(TypeError, match="lhs zero point must be an integer"):
         dot_int32(lhs, rhs, MATMUL, lhs_zero_point=jnp.float32(1))

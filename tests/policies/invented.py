@@ -50,7 +50,7 @@ def options(table_row, formats=FORMATS, roundings=("nearest",)):
     """Float and the formats that a layer can have."""
     found = [LayerPlan()]
     for name in formats:
-        weight, activation = fit(table_row, parse_format(name))
+        weight, activation, *_ = fit(table_row, parse_format(name))
         for rounding in roundings if activation < 32 else (None,):
             repeated = (rounding,) * len(table_row.activations) if rounding else ()
             found.append(LayerPlan(weight, activation, repeated))

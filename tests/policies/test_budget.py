@@ -75,11 +75,7 @@ def by_hand(table, latency, layers):
 def agree(table, layers, group):
     """Is there a format that all layers of a group have, as they can have it?"""
     return any(
-        all(
-            fit(table.layer[n], parse_format(name))
-            == (layers[n].weight_bits, layers[n].activation_bits)
-            for n in group
-        )
+        all(fit(table.layer[n], parse_format(name)) == layers[n].bits for n in group)
         for name in ("float", *invented.FORMATS)
     )
 

@@ -5,6 +5,7 @@ import pytest
 import synthetic
 
 from jaxrmils import Plan, predict, tabulate, uniform
+from jaxrmils.graph import Format
 from jaxrmils.policies import LayerPlan, PlanError, check_plan
 from jaxrmils.policies.plan import FLOAT_LAYER
 from jaxrmils.sensitivity import Candidate
@@ -69,7 +70,7 @@ def test_a_missing_layer_and_another_model():
 
 def test_formats_counts_and_only():
     plan = changed(first=LayerPlan(4, 8, ("ceil",)), second=FLOAT_LAYER)
-    assert plan.formats() == {"first": (4, 8), "second": (32, 32), "dot_0": (32, 8)}
+    assert plan.formats() == {"first": Format(4, 8), "second": Format(), "dot_0": Format(32, 8)}
     assert plan.counts() == {"w4a8": 1, "float": 1, "a8": 1}
     alone = plan.only("first")
     assert alone.layers["first"] == plan.layers["first"]

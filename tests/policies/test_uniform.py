@@ -11,13 +11,14 @@ def test_every_layer_has_the_format_as_far_as_it_can(format):
     table = tabulate(synthetic.setup()[0])
     plan = uniform(table, format)
     check_plan(plan, table)
-    weight, activation = FORMATS[format]
+    wanted = FORMATS[format]
     for name in ("first", "second"):
         layer = plan.layers[name]
-        assert (layer.weight_bits, layer.activation_bits) == (weight, activation)
-        assert layer.rounding == (("nearest",) if activation < 32 else ())
-    assert plan.layers["dot_0"].weight_bits == 32
-    assert plan.layers["dot_0"].activation_bits == activation
+        assert layer.bits == wanted
+        assert layer.rounding == (("nearest",) if wanted.activation_bits < 32 else ())
+    product = plan.layers["dot_0"]
+    assert (product.weight_bits, product.activation_bits) == (32, wanted.activation_bits)
+    assert product.dynamic == wanted.dynamic
 
 
 def test_a_lookup_has_no_activations():

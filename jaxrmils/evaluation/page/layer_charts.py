@@ -329,8 +329,9 @@ def chip(name: str) -> Markup:
 
 
 def format_class(name: str) -> str:
-    """The class that gives a format its colour."""
+    """The class that gives a format its colour; dynamic formats have that of their widths."""
     known = ("float", "w8a8", "w8a4", "w4a8", "w4a4", "w8", "w4", "a8", "a4")
+    name = name.removesuffix("d")
     return f"f-{name}" if name in known else "f-other"
 
 

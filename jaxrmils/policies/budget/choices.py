@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxrmils.graph import ModelTable
+from jaxrmils.graph import Format, ModelTable
 from jaxrmils.policies.budget.groups import Groups, resolve_groups
 from jaxrmils.policies.budget.limits import CAPABILITIES, LatencyTable
 from jaxrmils.policies.constraints import Constraints, matching
@@ -15,8 +15,7 @@ from jaxrmils.policies.costs import Costs
 from jaxrmils.policies.formats import FLOAT_BITS, FORMATS, PlanError, fit, parse_format
 from jaxrmils.policies.plan import LayerPlan
 
-Bits = tuple[int, int]
-FLOAT: Bits = (FLOAT_BITS, FLOAT_BITS)
+FLOAT = Format(FLOAT_BITS, FLOAT_BITS)
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Rules:
     capabilities: str | Sequence[str] | None = None
     latency: LatencyTable | None = None
 
-    def allowed(self) -> dict[Bits, str]:
+    def allowed(self) -> dict[Format, str]:
         """The formats to choose from, float first, by their bits.
 
         Raises:
@@ -59,7 +58,7 @@ class Rules:
             raise PlanError(f"formats {tuple(names)} hold none besides float{among}; add some")
         return found
 
-    def capable(self) -> set[Bits] | None:
+    def capable(self) -> set[Format] | None:
         """The formats that the capabilities name; None for no restriction."""
         if self.capabilities is None:
             return None
@@ -79,7 +78,7 @@ class Rules:
             return f"the capabilities of {self.capabilities}"
         return "the capabilities"
 
-    def fixed(self, table: ModelTable) -> dict[str, Bits]:
+    def fixed(self, table: ModelTable) -> dict[str, Format]:
         """The layers with a fixed format, and its bits.
 
         Raises:
@@ -94,7 +93,7 @@ class Rules:
                 )
             matching(pattern, list(table.layer))
         found = Constraints(self.skip, self.force).resolve(table)
-        return {name: (p.weight_bits, p.activation_bits) for name, p in found.items()}
+        return {name: p.bits for name, p in found.items()}
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class Choices:
     options: Mapping[str, tuple[LayerPlan, ...]]
     costs: Mapping[str, tuple[float, ...]]
     groups: tuple[tuple[str, ...], ...]
-    formats: Mapping[Bits, str]
+    formats: Mapping[Format, str]
 
 
 def choices(table: ModelTable, costs: Costs, rules: Rules) -> Choices:
@@ -125,11 +124,14 @@ def choices(table: ModelTable, costs: Costs, rules: Rules) -> Choices:
     allowed, fixed = rules.allowed(), rules.fixed(table)
     if rules.formats is not None:
         _check_formats(table, costs, allowed)
+    else:
+        has_dynamic = any(p.dynamic for own in costs.options.values() for p in own)
+        allowed = {f: name for f, name in allowed.items() if has_dynamic or not f.dynamic}
     options = {}
     for row in table.layers:
         known = list(costs.options[row.name])
         bits = {fixed[row.name]} if row.name in fixed else {fit(row, each) for each in allowed}
-        kept = tuple(p for p in known if (p.weight_bits, p.activation_bits) in bits)
+        kept = tuple(p for p in known if p.bits in bits)
         if not kept:
             has = ", ".join(dict.fromkeys(p.format for p in known))
             raise PlanError(
@@ -165,16 +167,12 @@ def _check_costs(table: ModelTable, costs: Costs) -> None:
                 )
 
 
-def _check_formats(table: ModelTable, costs: Costs, allowed: Mapping[Bits, str]) -> None:
+def _check_formats(table: ModelTable, costs: Costs, allowed: Mapping[Format, str]) -> None:
     """PlanError for a format that some layer could have and none has a cost for."""
     for bits, name in allowed.items():
         able = [row.name for row in table.layers if fit(row, bits) != FLOAT]
         wanted = {layer: fit(table.layer[layer], bits) for layer in able}
-        known = (
-            (p.weight_bits, p.activation_bits) == wanted[layer]
-            for layer in able
-            for p in costs.options[layer]
-        )
+        known = (p.bits == wanted[layer] for layer in able for p in costs.options[layer])
         if able and not any(known):
             raise PlanError(
                 f"no layer has a cost for {name} (objective {costs.objective!r}); make the costs "
@@ -186,10 +184,10 @@ def _check_group(
     table: ModelTable,
     group: tuple[str, ...],
     options: Mapping[str, tuple[LayerPlan, ...]],
-    formats: Mapping[Bits, str],
+    formats: Mapping[Format, str],
 ) -> None:
     """PlanError if no format is possible in all layers of a group."""
-    possible = {n: {(p.weight_bits, p.activation_bits) for p in options[n]} for n in group}
+    possible = {n: {p.bits for p in options[n]} for n in group}
     if any(all(fit(table.layer[n], b) in possible[n] for n in group) for b in formats):
         return
     have = "; ".join(

@@ -150,9 +150,9 @@ def _text(key: LayerPlan | str) -> str:
 
 
 CAPABILITIES: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("float", "w8a8", "w4a8", "w8", "w4"),
-    "cuda": ("float", "w8a8", "w4a8", "w8", "w4"),
-    "tpu": ("float", "w8a8", "w4a8", "w4a4", "w8", "w4"),
+    "cpu": ("float", "w8a8", "w4a8", "w8a8d", "w4a8d", "w8", "w4"),
+    "cuda": ("float", "w8a8", "w4a8", "w8a8d", "w4a8d", "w8", "w4"),
+    "tpu": ("float", "w8a8", "w4a8", "w8a8d", "w4a8d", "w4a4", "w8", "w4"),
 }
 """Formats that gain something on a backend.
 

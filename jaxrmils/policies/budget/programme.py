@@ -330,7 +330,7 @@ class Programme:
             for name in group:
                 row, by_bits = self.table.layer[name], {}
                 for i, p in enumerate(self.choices.options[name]):
-                    by_bits.setdefault((p.weight_bits, p.activation_bits), []).append(i)
+                    by_bits.setdefault(p.bits, []).append(i)
                 for bits, own in by_bits.items():
                     become = [v for f, v in agreed.items() if fit(row, f) == bits]
                     entries = dict.fromkeys((starts[name] + i for i in own), 1.0)

@@ -124,8 +124,7 @@ def _size(table: ModelTable, name: str) -> Resource:
     }
 
     def amount(row: LayerRow, layer: LayerPlan) -> float:
-        formats = {row.name: (layer.weight_bits, layer.activation_bits)}
-        return alone[row.name].size_bits(formats)
+        return alone[row.name].size_bits({row.name: layer.bits})
 
     return Resource(
         name,
