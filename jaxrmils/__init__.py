@@ -58,6 +58,7 @@ from jaxrmils.policies import assign as assign
 from jaxrmils.policies import attribute as attribute
 from jaxrmils.policies import batch_size_for as batch_size_for
 from jaxrmils.policies import budget as budget
+from jaxrmils.policies import candidates_for as candidates_for
 from jaxrmils.policies import lossless as lossless
 from jaxrmils.policies import mu_values as mu_values
 from jaxrmils.policies import pareto as pareto

@@ -26,7 +26,7 @@ from jaxrmils.graph import Graph, TraceError, tabulate, trace
 from jaxrmils.graph.compat import abstract
 from jaxrmils.graph.trace import Apply
 from jaxrmils.lowering import Backend, QuantizedModel, QuantizedParams, QuantizedWeight
-from jaxrmils.numerics import QTensor, QuantParams
+from jaxrmils.numerics import QTensor, QuantParams, pack_int4
 from jaxrmils.policies import PlanError, check_plan
 
 KIND = "jaxrmils model"
@@ -190,6 +190,7 @@ def _encode_params(params: QuantizedParams) -> tuple[dict[str, Any], dict[str, A
             "packed_dim": tensor.packed_dim,
             "symmetric": tensor.zero_point is None,
             "sums": list(weight.sums),
+            **({"group": tensor.group} if tensor.group else {}),
         }
     for site, parts in params.grids.items():
         grids[site] = [{"bits": grid.bits, "symmetric": grid.symmetric} for grid in parts]
@@ -212,6 +213,7 @@ def _decode_params(folder: Folder, backend: Backend, unpacked: bool) -> Quantize
             zero_point,
             entry["bits"],
             entry["packed_dim"],
+            entry.get("group", 0),
         )
         if backend == "tpu" and tensor.bits == 4:
             tensor = tensor.native_int4()
@@ -239,5 +241,5 @@ def _at_rest(tensor: QTensor) -> QTensor:
     """int4 codes two per byte, as every file has them."""
     if tensor.bits != 4 or tensor.packed:
         return tensor
-    packed = QTensor.from_codes(tensor.codes(), tensor.params, pack=True)
-    return dataclasses.replace(packed, scale=tensor.scale, zero_point=tensor.zero_point)
+    codes = tensor.codes()
+    return dataclasses.replace(tensor, values=pack_int4(codes), packed_dim=codes.shape[-1])

@@ -16,8 +16,8 @@ from jaxrmils.policies import LayerPlan, Plan
 KIND = "jaxrmils plan"
 
 _KEYS = ("kind", "format_version", "fingerprint", "policy", "layers")
-_LAYER_KEYS = ("format", "weight_bits", "activation_bits", "rounding", "weight_rounding", "dynamic")
-_OPTIONAL = ("format", "dynamic")
+_OPTIONAL = ("format", "dynamic", "weight_group")
+_LAYER_KEYS = ("weight_bits", "activation_bits", "rounding", "weight_rounding", *_OPTIONAL)
 _BITS = (4, 8, 32)
 # A plan must give the same model every time, so it has no stochastic rounding.
 _ROUNDINGS = ("nearest", "floor", "ceil")
@@ -28,8 +28,8 @@ def save_plan(plan: Plan, path: PathLike) -> None:
 
     The file may be edited: change a layer's `weight_bits`, `activation_bits` (4, 8, or 32 for
     float), `rounding` or `weight_rounding`, add `"dynamic": true` for grids of rows that are made
-    at run time, and change its `format` with them or remove that. Whether the plan suits the model
-    is checked where it is used.
+    at run time or `"weight_group": 128` for scales of groups, and change its `format` with them or
+    remove that. Whether the plan suits the model is checked where it is used.
 
     Args:
       plan: the plan.
@@ -103,6 +103,7 @@ def layer_document(layer: LayerPlan) -> dict[str, Any]:
         "rounding": list(layer.rounding),
         "weight_rounding": layer.weight_rounding,
         **({"dynamic": True} if layer.dynamic else {}),
+        **({"weight_group": layer.weight_group} if layer.weight_group else {}),
     }
 
 
@@ -143,12 +144,16 @@ def parse_layer(document: Any, where: str) -> LayerPlan:
     dynamic = document.get("dynamic", False)
     if type(dynamic) is not bool:
         raise ArtifactError(f"{where}: dynamic is {dynamic!r}; true or false was expected")
+    group = document.get("weight_group", 0)
+    if type(group) is not int or group < 0:
+        raise ArtifactError(f"{where}: weight_group is {group!r}; a whole number was expected")
     layer = LayerPlan(
         document["weight_bits"],
         document["activation_bits"],
         tuple(document["rounding"]),
         document["weight_rounding"],
         dynamic,
+        group,
     )
     if document.get("format", layer.format) != layer.format:
         raise ArtifactError(

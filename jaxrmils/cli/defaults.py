@@ -107,7 +107,7 @@ def base_config() -> Any:
     config.policy.rounding = "nearest"  # budget: or directed
     config.policy.groups = ()  # budget: globs whose layers share a format, ("a/*", "b/*"), "qkv"
     config.policy.capabilities = ""  # budget: formats that gain something on cpu, cuda or tpu
-    config.policy.format = "int8"  # uniform: int8, int4, float, w4a8, w8a8d, ...
+    config.policy.format = "int8"  # uniform: int8, int4, float, w8a8d, w4g128, ...
     config.policy.file = ""  # file: a plan that a run, `jaxrmils pareto` or save_plan wrote
     config.policy.skip = ()  # globs of layers that stay float
     config.policy.force = ()  # "glob=format", first match counts

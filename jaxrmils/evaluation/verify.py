@@ -419,7 +419,7 @@ def _layers(model: QuantizedModel, simulated: _Simulated, groups: Any) -> tuple[
             format=layer.format,
             rounding=layer.rounding,
             float_bits=model.sizes.layer_bits(name, 32),
-            quantized_bits=model.sizes.layer_bits(name, layer.weight_bits),
+            quantized_bits=model.sizes.layer_bits(name, layer.weight_bits, layer.weight_group),
             predicted=None,
             attributed=of(simulated.shares, name),
             measured=of(simulated.alone, name),

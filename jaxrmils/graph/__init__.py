@@ -18,6 +18,7 @@ from jaxrmils.graph.table import ActivationRow as ActivationRow
 from jaxrmils.graph.table import Format as Format
 from jaxrmils.graph.table import LayerRow as LayerRow
 from jaxrmils.graph.table import ModelTable as ModelTable
+from jaxrmils.graph.table import group_axis as group_axis
 from jaxrmils.graph.table import tabulate as tabulate
 from jaxrmils.graph.trace import Graph as Graph
 from jaxrmils.graph.trace import interpret as interpret

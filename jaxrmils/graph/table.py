@@ -24,14 +24,16 @@ class Format(NamedTuple):
       weight_bits: 8, 4, or 32 for float.
       activation_bits: 8, 4, or 32 for float.
       dynamic: whether every row of the activations has a grid of its own, made at run time.
+      group: how many weights along the contracted dim share a scale; 0 for all of them.
 
     >>> Format(8, 8, dynamic=True)
-    Format(weight_bits=8, activation_bits=8, dynamic=True)
+    Format(weight_bits=8, activation_bits=8, dynamic=True, group=0)
     """
 
     weight_bits: int = 32
     activation_bits: int = 32
     dynamic: bool = False
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class LayerRow:
       weight_leaves: parameter leaves that the weight is made of.
       activations: its activation operands.
       macs: multiply-accumulates for one example.
+      group_length: length of the weight's dim that groups divide (see `group_axis`); 0 where it
+        can't have groups, None in tables that were saved before there were groups.
     """
 
     name: str
@@ -76,16 +80,37 @@ class LayerRow:
     weight_leaves: tuple[int, ...]
     activations: tuple[ActivationRow, ...]
     macs: int
+    group_length: int | None = None
 
     @property
     def has_weight(self) -> bool:
         """False for an activation x activation dot."""
         return self.weight_size > 0
 
+    def scales(self, group: int = 0) -> int:
+        """Scales that its quantized weight carries, with so many weights to a group (0: none).
+
+        Raises:
+          ValueError: groups in a table that was saved before there were any.
+        """
+        if not group or self.group_length == 0:
+            return self.weight_scales
+        if self.group_length is None:
+            raise ValueError(
+                f"the table does not know the groups of {self.name}: an older version saved it; "
+                "tabulate or score the model again"
+            )
+        return self.weight_size // self.group_length * math.ceil(self.group_length / group)
+
     @property
     def has_rows(self) -> bool:
         """Whether all its activations enter dots, whose rows can have grids of their own."""
         return bool(self.activations) and "conv" not in self.kinds
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether its weight can have a scale for every group."""
+        return self.has_weight and "conv" not in self.kinds and self.group_length != 0
 
     @property
     def is_lookup(self) -> bool:
@@ -136,19 +161,38 @@ class ModelTable:
             if row.has_weight and bits == 32:
                 kept |= set(row.weight_leaves)
             elif row.has_weight:
-                total += bits * row.weight_size + _SCALE_BITS * row.weight_scales
+                total += bits * row.weight_size + _SCALE_BITS * row.scales(format_.group)
             if format_.activation_bits < 32 and not format_.dynamic:
                 total += _GRID_BITS * sum(a.grids for a in row.activations)
         return total + sum(self.leaf_bits[i] for i in kept)
 
-    def layer_bits(self, name: str, weight_bits: int) -> int:
+    def layer_bits(self, name: str, weight_bits: int, group: int = 0) -> int:
         """Size in bits of one layer's weight at the given width (32: as in the float model)."""
         row = self.layer[name]
         if not row.has_weight:
             return 0
         if weight_bits == 32:
             return sum(self.leaf_bits[i] for i in row.weight_leaves)
-        return weight_bits * row.weight_size + _SCALE_BITS * row.weight_scales
+        return weight_bits * row.weight_size + _SCALE_BITS * row.scales(group)
+
+
+def group_axis(graph: Graph, name: str) -> int | None:
+    """The axis of a weight along which groups of scales run: the last that is no channel.
+
+    Of a dot's kernel that is its (last) contracted dim, of an embedding table the row.
+
+    Args:
+      graph: from `trace`.
+      name: the weight's.
+
+    Returns:
+      None where a convolution reads the weight, or all axes are channels.
+    """
+    weight = graph.weights[name]
+    shared = [axis for axis in range(len(weight.shape)) if axis not in weight.channel_axes]
+    if not shared or any(graph.site[use].kind == "conv" for use in weight.uses):
+        return None
+    return shared[-1]
 
 
 def tabulate(graph: Graph) -> ModelTable:
@@ -185,6 +229,7 @@ def tabulate(graph: Graph) -> ModelTable:
                 weight_leaves=weight.leaves if weight else (),
                 activations=rows,
                 macs=sum(site.macs for site in sites),
+                group_length=_group_length(graph, name),
             )
         )
     leaves = jax.tree.leaves(graph.params)
@@ -196,6 +241,11 @@ def tabulate(graph: Graph) -> ModelTable:
         float_leaves=tuple(sorted(unread | graph.traced.float_leaves)),
         fingerprint=graph.fingerprint,
     )
+
+
+def _group_length(graph: Graph, name: str) -> int:
+    axis = group_axis(graph, name) if name in graph.weights else None
+    return 0 if axis is None else graph.weights[name].shape[axis]
 
 
 def _bits(leaf: Any) -> int:

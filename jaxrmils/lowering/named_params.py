@@ -13,7 +13,7 @@ import jax
 
 from jaxrmils.lowering.integer_dot import Backend
 from jaxrmils.lowering.quantized_model import QuantizedParams, QuantizedWeight
-from jaxrmils.numerics import QTensor
+from jaxrmils.numerics import QTensor, pack_int4
 
 
 def named_arrays(params: QuantizedParams) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def for_backend(params: QuantizedParams, backend: Backend) -> QuantizedParams:
 def _packed(tensor: QTensor) -> QTensor:
     if tensor.bits != 4 or tensor.packed:
         return tensor
-    packed = QTensor.from_codes(tensor.codes(), tensor.params, pack=True)
-    return dataclasses.replace(packed, scale=tensor.scale, zero_point=tensor.zero_point)
+    codes = tensor.codes()
+    return dataclasses.replace(tensor, values=pack_int4(codes), packed_dim=codes.shape[-1])
 
 
 def _convert(params: QuantizedParams, change: Any) -> QuantizedParams:

@@ -251,6 +251,7 @@ def _quantized_weight(
         channel_axes=weight.channel_axes,
         rounding=layer.weight_rounding,
         pack=False if unpacked else None,
+        group=layer.weight_group,
     )
     depth = len(loops_of(graph.traced.expressions[name]))
     sums = {}

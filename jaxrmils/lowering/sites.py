@@ -218,6 +218,7 @@ def _gather_rows(call: SiteCall, tensor: QTensor, dtype: Any) -> Any:
         None,
         tensor.bits,
         tensor.packed_dim,
+        tensor.group,
     )
     return rows.dequantize(dtype)
 

@@ -23,6 +23,7 @@ from jaxrmils.numerics.quant_params import fake_quant as fake_quant
 from jaxrmils.numerics.quant_params import from_range as from_range
 from jaxrmils.numerics.quant_params import quantize as quantize
 from jaxrmils.numerics.quant_params import row_params as row_params
+from jaxrmils.numerics.quant_params import spread_groups as spread_groups
 from jaxrmils.numerics.quant_params import weight_params as weight_params
 from jaxrmils.numerics.ranges import ESTIMATORS as ESTIMATORS
 from jaxrmils.numerics.ranges import HISTOGRAM_BINS as HISTOGRAM_BINS

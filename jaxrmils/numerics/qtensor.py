@@ -12,13 +12,19 @@ from jaxtyping import Array, Float, Float32, Int8, Int32, PRNGKeyArray
 
 from jaxrmils.numerics.formats import Rounding
 from jaxrmils.numerics.packing import pack_int4, unpack_int4
-from jaxrmils.numerics.quant_params import QuantParams, dequantize, quantize, weight_params
+from jaxrmils.numerics.quant_params import (
+    QuantParams,
+    dequantize,
+    quantize,
+    spread_groups,
+    weight_params,
+)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "scale", "zero_point"],
-    meta_fields=["bits", "packed_dim"],
+    meta_fields=["bits", "packed_dim", "group"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class QTensor:
@@ -32,10 +38,12 @@ class QTensor:
     Attributes:
         values: int8 codes; or uint8, two int4 codes per byte along the last axis; or jnp.int4.
         scale: float32. Its shape tells the channels: as many axes as the tensor, of size 1 where
-            a scale is shared; or no axes at all.
+            a scale is shared; or no axes at all. With groups, one of its axes counts groups.
         zero_point: int32 in the shape of `scale`, or None for a symmetric format.
         bits: 8 or 4 (static).
         packed_dim: the length of the last axis where `values` is packed, else None (static).
+        group: how many neighbours share a scale along the axis where `scale` is shorter than the
+            tensor and longer than 1; 0 for none (static).
 
     Example:
         >>> import jax.numpy as jnp
@@ -51,15 +59,19 @@ class QTensor:
     zero_point: Int32[Array, "..."] | None
     bits: int
     packed_dim: int | None = None
+    group: int = 0
 
     @classmethod
-    def from_codes(cls, codes: Int8[Array, "..."], qp: QuantParams, pack: bool) -> "QTensor":
+    def from_codes(
+        cls, codes: Int8[Array, "..."], qp: QuantParams, pack: bool, group: int = 0
+    ) -> "QTensor":
         """Wraps the codes of `quantize`.
 
         Args:
             codes: int8 codes.
             qp: the grid they were made with.
             pack: whether to store two codes per byte.
+            group: as in `weight_params`.
 
         Returns:
             The quantized tensor, without a zero point where `qp` is symmetric.
@@ -77,8 +89,8 @@ class QTensor:
             raise ValueError(f"pack is True for {qp.bits} bits; only int4 is packed")
         zero_point = None if qp.symmetric else qp.zero_point
         if not pack:
-            return cls(codes, qp.scale, zero_point, qp.bits)
-        return cls(pack_int4(codes), qp.scale, zero_point, qp.bits, codes.shape[-1])
+            return cls(codes, qp.scale, zero_point, qp.bits, None, group)
+        return cls(pack_int4(codes), qp.scale, zero_point, qp.bits, codes.shape[-1], group)
 
     @property
     def packed(self) -> bool:
@@ -99,7 +111,7 @@ class QTensor:
 
     @property
     def params(self) -> QuantParams:
-        """The grid as `QuantParams`."""
+        """The grid as `QuantParams`; of groups, in the shape of `scale`."""
         zero_point = self.zero_point
         if zero_point is None:
             zero_point = jnp.zeros(self.scale.shape, jnp.int32)
@@ -125,7 +137,10 @@ class QTensor:
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """The real numbers the codes stand for, computed in float32 and cast to `dtype`."""
-        return dequantize(self.codes(), self.params, dtype)
+        qp = self.params
+        if self.group:
+            qp = dataclasses.replace(qp, **_spread(qp, self.shape, self.group))
+        return dequantize(self.codes(), qp, dtype)
 
     def native_int4(self) -> "QTensor":
         """The same tensor with unpacked `jnp.int4` codes, for hardware that multiplies int4.
@@ -180,7 +195,7 @@ class QTensor:
         else:
             codes = jnp.transpose(self.codes(), perm)
             values, packed_dim = pack_int4(codes), codes.shape[-1]
-        return QTensor(values, scale, zero_point, self.bits, packed_dim)
+        return QTensor(values, scale, zero_point, self.bits, packed_dim, self.group)
 
 
 def quantize_weight(
@@ -191,8 +206,9 @@ def quantize_weight(
     rounding: Rounding = "nearest",
     key: PRNGKeyArray | None = None,
     pack: bool | None = None,
+    group: int = 0,
 ) -> QTensor:
-    """Quantizes a weight symmetrically, by the largest magnitude of each channel.
+    """Quantizes a weight symmetrically, by the largest magnitude of each channel or group.
 
     Args:
         w: the weight, any float dtype.
@@ -201,6 +217,8 @@ def quantize_weight(
         rounding: as for `quantize`.
         key: as for `quantize`.
         pack: whether to store two codes per byte; None packs int4.
+        group: how many neighbours along the last axis that is no channel share a scale; see
+            `weight_params`. 0 for one scale per channel.
 
     Returns:
         The quantized weight.
@@ -215,6 +233,15 @@ def quantize_weight(
         [[ 127 -127]
          [  30    0]]
     """
-    qp = weight_params(w, bits=bits, channel_axes=channel_axes)
-    codes = quantize(w, qp, rounding, key)
-    return QTensor.from_codes(codes, qp, pack=bits == 4 if pack is None else pack)
+    qp = weight_params(w, bits=bits, channel_axes=channel_axes, group=group)
+    wide = dataclasses.replace(qp, **_spread(qp, w.shape, group)) if group else qp
+    codes = quantize(w, wide, rounding, key)
+    return QTensor.from_codes(codes, qp, pack=bits == 4 if pack is None else pack, group=group)
+
+
+def _spread(qp: QuantParams, shape: tuple[int, ...], group: int) -> dict[str, Array]:
+    """Scale and zero point of a grid of groups, for every element."""
+    return {
+        "scale": spread_groups(qp.scale, shape, group),
+        "zero_point": spread_groups(qp.zero_point, shape, group),
+    }

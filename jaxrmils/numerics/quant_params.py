@@ -96,28 +96,36 @@ def from_range(
 
 
 def weight_params(
-    w: Float[Array, "..."], *, bits: int, channel_axes: tuple[int, ...]
+    w: Float[Array, "..."], *, bits: int, channel_axes: tuple[int, ...], group: int = 0
 ) -> QuantParams:
-    """Symmetric grids by the largest magnitude of each channel.
+    """Symmetric grids by the largest magnitude of each channel, or of each group within it.
 
     Args:
         w: the weight, any float dtype.
         bits: 8 or 4.
         channel_axes: axes that keep a scale of their own (a dense kernel `[in, out]`: `(1,)`; a
             scanned stack `[layers, in, out]`: `(0, 2)`); `()` for one scale in all.
+        group: how many neighbours along the last axis that is no channel share a scale; the last
+            group is smaller where they do not divide it. All other axes keep scales of their own.
+            0 for one scale per channel.
 
     Returns:
-        `QuantParams` with `w.ndim` axes, of size 1 where the axis is not in `channel_axes`.
+        `QuantParams` with `w.ndim` axes, of size 1 where the axis is not in `channel_axes`; with
+        groups, of size ceil(length / group) along their axis and of the weight's elsewhere.
         All-zero channels have scale 1.
 
     Raises:
-        ValueError: an axis does not exist or is named twice, or `bits` is not 8 or 4.
+        ValueError: an axis does not exist or is named twice, groups without an axis to run along,
+            or `bits` is not 8 or 4.
 
     Example:
         >>> import jax.numpy as jnp
         >>> w = jnp.array([[0.0, -1.27], [0.0, 0.5]])
         >>> print(weight_params(w, bits=8, channel_axes=(1,)).scale)
         [[1.   0.01]]
+        >>> w = jnp.array([[1.27], [0.5], [-2.54]])
+        >>> print(weight_params(w, bits=8, channel_axes=(1,), group=2).scale.T)
+        [[0.01 0.02]]
     """
     kept = [axis + w.ndim if axis < 0 else axis for axis in channel_axes]
     if len(set(kept)) != len(kept) or not set(kept) <= set(range(w.ndim)):
@@ -126,8 +134,52 @@ def weight_params(
             f"axes between {-w.ndim} and {w.ndim - 1}"
         )
     reduced = tuple(axis for axis in range(w.ndim) if axis not in kept)
+    if group:
+        absmax = _group_maxima(jnp.abs(w), reduced, group)
+        return from_range(-absmax, absmax, bits=bits, symmetric=True)
     absmax = jnp.max(jnp.abs(w), axis=reduced, keepdims=True, initial=0)
     return from_range(-absmax, absmax, bits=bits, symmetric=True)
+
+
+def _group_maxima(
+    magnitudes: Float[Array, "..."], axes: tuple[int, ...], group: int
+) -> Float[Array, "..."]:
+    """The largest of every `group` neighbours along the last of some axes."""
+    if group < 1 or not axes:
+        raise ValueError(
+            f"group is {group} for a weight of shape {magnitudes.shape} whose axes {axes} are no "
+            "channels; expected at least 1, and an axis that groups can run along"
+        )
+    axis, shape = axes[-1], magnitudes.shape
+    count = -(-shape[axis] // group)
+    padding = [(0, count * group - n if d == axis else 0) for d, n in enumerate(shape)]
+    parts = jnp.pad(magnitudes, padding).reshape(*shape[:axis], count, group, *shape[axis + 1 :])
+    return jnp.max(parts, axis=axis + 1, initial=0)
+
+
+def spread_groups(values: Array, shape: tuple[int, ...], group: int) -> Array:
+    """Values of groups (scales), repeated for every element of a tensor of this shape.
+
+    Args:
+        values: as many axes as the tensor; one of them may be shorter than the tensor's, with a
+            value for every `group` elements.
+        shape: the tensor's.
+        group: see `weight_params`.
+
+    Returns:
+        Values that broadcast against the tensor.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(spread_groups(jnp.array([1, 2]), (3,), 2))
+        [1 1 2]
+    """
+    for axis, (count, length) in enumerate(zip(values.shape, shape, strict=True)):
+        if count not in (1, length):
+            values = jax.lax.slice_in_dim(
+                jnp.repeat(values, group, axis=axis), 0, length, axis=axis
+            )
+    return values
 
 
 def row_params(x: Float[Array, "..."], *, bits: int, axes: tuple[int, ...]) -> QuantParams:

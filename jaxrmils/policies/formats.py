@@ -20,11 +20,15 @@ FORMATS: dict[str, Format] = {
     "w4": Format(4, 32),
     "w8a8d": Format(8, 8, dynamic=True),
     "w4a8d": Format(4, 8, dynamic=True),
+    "w4g32": Format(4, 32, group=32),
+    "w4g64": Format(4, 32, group=64),
+    "w4g128": Format(4, 32, group=128),
     "int8": Format(8, 8),
     "int4": Format(4, 4),
 }
 """Formats by name. "int8" and "int4" mean both operands; a "d" at the end means that every row of a
-dot's activations has a grid of its own, made at run time (dynamic quantization per token)."""
+dot's activations has a grid of its own, made at run time (dynamic quantization per token); "g128"
+that every 128 neighbours of a channel's weights have a scale of their own."""
 
 
 class PlanError(ValueError):
@@ -35,7 +39,7 @@ def parse_format(name: str) -> Format:
     """The format of a name.
 
     >>> parse_format("w4a8")
-    Format(weight_bits=4, activation_bits=8, dynamic=False)
+    Format(weight_bits=4, activation_bits=8, dynamic=False, group=0)
     """
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, n=3)
@@ -55,17 +59,21 @@ def candidates_for(formats: Iterable[str]) -> CandidateSet:
     """
     found = [parse_format(name) for name in formats]
     return CandidateSet().holding(
-        [Candidate(f.activation_bits, dynamic=True) for f in found if f.dynamic]
+        [Candidate(f.activation_bits, dynamic=True) for f in found if f.dynamic],
+        [Candidate(f.weight_bits, group=f.group) for f in found if f.group],
     )
 
 
-def format_name(weight_bits: int, activation_bits: int, dynamic: bool = False) -> str:
+def format_name(
+    weight_bits: int, activation_bits: int, dynamic: bool = False, group: int = 0
+) -> str:
     """The name of a format; of an activation x activation dot only the activations count.
 
-    >>> format_name(4, 8), format_name(32, 8, dynamic=True), format_name(32, 32)
-    ('w4a8', 'a8d', 'float')
+    >>> format_name(4, 8), format_name(32, 8, dynamic=True), format_name(4, 32, group=128)
+    ('w4a8', 'a8d', 'w4g128')
     """
     weight = f"w{weight_bits}" if weight_bits < FLOAT_BITS else ""
+    weight += f"g{group}" if group else ""
     activation = f"a{activation_bits}" if activation_bits < FLOAT_BITS else ""
     return weight + activation + "d" * dynamic or "float"
 
@@ -75,9 +83,11 @@ def fit(row: LayerRow, wanted: Format) -> Format:
 
     An embedding table that is only looked up has no activations to quantize, and an
     activation x activation dot has no weight: weight-only formats leave it in float. A convolution
-    has no rows: its activations get a calibrated grid where rows would have their own.
+    has no rows: its activations get a calibrated grid where rows would have their own, and its
+    weight a scale per channel where groups would have theirs.
     """
     weight = wanted.weight_bits if row.has_weight else FLOAT_BITS
     activation = FLOAT_BITS if row.is_lookup else wanted.activation_bits
     dynamic = wanted.dynamic and activation < FLOAT_BITS and row.has_rows
-    return Format(weight, activation, dynamic)
+    has_groups = weight < FLOAT_BITS and row.has_groups
+    return Format(weight, activation, dynamic, wanted.group if has_groups else 0)

@@ -72,7 +72,9 @@ def saving(table: ModelTable, name: str, layer: LayerPlan, compute: float) -> fl
       compute: how much a share of the work counts against the same share of the size.
     """
     row = table.layer[name]
-    saved = table.layer_bits(name, FLOAT_BITS) - table.layer_bits(name, layer.weight_bits)
+    saved = table.layer_bits(name, FLOAT_BITS) - table.layer_bits(
+        name, layer.weight_bits, layer.weight_group
+    )
     weight = layer.weight_bits if row.has_weight else layer.activation_bits
     total = sum(r.macs for r in table.layers) or 1
     work = row.macs / total * (1 - weight * layer.activation_bits / FLOAT_BITS**2)

@@ -394,10 +394,10 @@ def _checked_bits(
     """The formats' bits; PlanError for what has more than bits."""
     found = _checked(graph, params, ranges, formats)
     for name, each in zip(formats, found, strict=True):
-        if each.dynamic:
+        if each.dynamic or each.group:
             raise PlanError(
-                f"{name}: these costs know calibrated grids for whole tensors alone; take "
-                "'measured', or an objective of scores, such as 'squared'"
+                f"{name}: these costs know calibrated grids for whole tensors and scales for whole "
+                "channels alone; take 'measured', or an objective of scores, such as 'squared'"
             )
     return tuple((each.weight_bits, each.activation_bits) for each in found)
 

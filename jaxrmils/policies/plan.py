@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrmils.graph import Format, Graph, ModelTable
+from jaxrmils.graph import Format, Graph, LayerRow, ModelTable
 from jaxrmils.numerics import ROUNDINGS, Rounding
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError, format_name
 from jaxrmils.sensitivity import Candidate, Curvature, Scores
@@ -28,6 +28,7 @@ class LayerPlan:
         `LayerRow.activations`; empty where the activations stay float.
       weight_rounding: rounding of the weight.
       dynamic: whether every row of the activations has a grid of its own, made at run time.
+      weight_group: how many weights along the contracted dim share a scale; 0 for a channel.
 
     >>> LayerPlan(8, 8, ("floor",)).format
     'w8a8'
@@ -38,6 +39,7 @@ class LayerPlan:
     rounding: tuple[Rounding, ...] = ()
     weight_rounding: Rounding = "nearest"
     dynamic: bool = False
+    weight_group: int = 0
 
     @staticmethod
     def of(format_: Format, rounding: tuple[Rounding, ...] = ()) -> LayerPlan:
@@ -47,23 +49,27 @@ class LayerPlan:
         'w8a8d'
         """
         return LayerPlan(
-            format_.weight_bits, format_.activation_bits, rounding, dynamic=format_.dynamic
+            format_.weight_bits,
+            format_.activation_bits,
+            rounding,
+            dynamic=format_.dynamic,
+            weight_group=format_.group,
         )
 
     @property
     def bits(self) -> Format:
         """Its format."""
-        return Format(self.weight_bits, self.activation_bits, self.dynamic)
+        return Format(self.weight_bits, self.activation_bits, self.dynamic, self.weight_group)
 
     @property
     def format(self) -> str:
-        """Its format's name ("w8a8", "w4", "a8", "w8a8d", "float")."""
+        """Its format's name ("w8a8", "w4", "a8", "w8a8d", "w4g128", "float")."""
         return format_name(*self.bits)
 
     @property
     def weight_candidate(self) -> Candidate:
         """What happens to its quantized weight."""
-        return Candidate(self.weight_bits, self.weight_rounding)
+        return Candidate(self.weight_bits, self.weight_rounding, group=self.weight_group)
 
     @property
     def activation_candidates(self) -> tuple[Candidate, ...]:
@@ -161,6 +167,8 @@ def _check_layer(name: str, layer: LayerPlan, table: ModelTable) -> None:
             f"layer {name}: int{layer.activation_bits} activations need an integer weight; "
             "a float weight was planned"
         )
+    if layer.weight_group:
+        _check_group(name, layer, row)
     if layer.dynamic and layer.activation_bits == 4:
         raise PlanError(f"layer {name}: dynamic activations have 8 bits; 4 were planned")
     if layer.dynamic and not (quantized and row.has_rows):
@@ -172,6 +180,19 @@ def _check_layer(name: str, layer: LayerPlan, table: ModelTable) -> None:
         raise PlanError(f"layer {name} is an embedding lookup, which reads no activations")
     if layer.weight_bits < FLOAT_BITS and not row.has_weight:
         raise PlanError(f"layer {name} multiplies two activations and has no weight to quantize")
+
+
+def _check_group(name: str, layer: LayerPlan, row: LayerRow) -> None:
+    if layer.weight_group < 0 or not row.has_groups:
+        raise PlanError(
+            f"layer {name}: groups of {layer.weight_group} weights; expected a positive number, "
+            "and only weights of dots and lookups have groups (not convolutions)"
+        )
+    if layer.activation_bits < FLOAT_BITS or layer.weight_bits == FLOAT_BITS:
+        raise PlanError(
+            f"layer {name}: {layer.format} was planned; groups are for integer weights with float "
+            "activations"
+        )
 
 
 def roundings_by_site(graph: Graph, plan: Plan) -> dict[str, tuple[Rounding, ...]]:

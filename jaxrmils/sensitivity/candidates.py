@@ -17,23 +17,26 @@ class Candidate:
       rounding: its direction.
       dynamic: of a dot's activation, whether every row has a grid of its own, made at run time.
         A convolution's activation has its calibrated grid either way.
+      group: of a weight, how many neighbours share a scale, 0 for a channel; see `weight_params`.
+        A convolution's weight has a scale per channel either way.
 
-    >>> str(Candidate(8, "floor")), str(Candidate(8, dynamic=True))
-    ('int8 floor', 'int8 nearest by row')
+    >>> str(Candidate(8, "floor")), str(Candidate(8, dynamic=True)), str(Candidate(4, group=128))
+    ('int8 floor', 'int8 nearest by row', 'int4 nearest by 128')
     """
 
     bits: int
     rounding: Rounding = "nearest"
     dynamic: bool = False
+    group: int = 0
 
     def __str__(self) -> str:
-        return f"int{self.bits} {self.rounding}" + " by row" * self.dynamic
+        by = " by row" * self.dynamic + (f" by {self.group}" if self.group else "")
+        return f"int{self.bits} {self.rounding}{by}"
 
     def __repr__(self) -> str:
-        # Without the defaults: unfinished jobs are known by it.
-        return f"Candidate(bits={self.bits!r}, rounding={self.rounding!r}" + (
-            ", dynamic=True)" if self.dynamic else ")"
-        )
+        # Without what is not set: unfinished jobs are known by it.
+        rest = ", dynamic=True" * self.dynamic + (f", group={self.group}" if self.group else "")
+        return f"Candidate(bits={self.bits!r}, rounding={self.rounding!r}{rest})"
 
 
 ACTIVATION_CANDIDATES: tuple[Candidate, ...] = tuple(

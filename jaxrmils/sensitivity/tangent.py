@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrmils.graph import Graph, SiteCall, interpret
+from jaxrmils.graph import Graph, SiteCall, group_axis, interpret
 from jaxrmils.numerics import quantize_weight
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.sensitivity.candidates import (
@@ -74,7 +74,7 @@ def weight_noise(
     Args:
       graph: from `trace`.
       params: the parameters.
-      candidates: widths and roundings.
+      candidates: widths, roundings and groups.
 
     Returns:
       Per weight name, Q_k(w) - w in the weight's own layout, stacked loops leading.
@@ -87,6 +87,7 @@ def weight_noise(
             channel_axes=graph.weights[name].channel_axes,
             rounding=candidate.rounding,
             pack=False,
+            group=candidate.group if group_axis(graph, name) is not None else 0,
         )
         return q.dequantize() - value.astype(jnp.float32)
 

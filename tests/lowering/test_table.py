@@ -9,12 +9,21 @@ import pytest
 from jax import lax
 
 from jaxrmils.lowering import BACKENDS
-from jaxrmils.lowering.table import DOTS, DYNAMIC, INTEGER, TABLE, WEIGHTS, conv_operation, row_of
+from jaxrmils.lowering.table import (
+    DOTS,
+    DYNAMIC,
+    GROUPED,
+    INTEGER,
+    TABLE,
+    WEIGHTS,
+    conv_operation,
+    row_of,
+)
 
 FORMATS = {
     **dict.fromkeys(("dot", "one row", "one column", "batched dot"), (*DOTS, *DYNAMIC)),
     **dict.fromkeys(("conv", "stem", "depthwise", "grouped"), INTEGER),
-    "weights only": WEIGHTS,
+    "weights only": (*WEIGHTS, *GROUPED),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 
@@ -329,9 +330,9 @@ def chip(name: str) -> Markup:
 
 
 def format_class(name: str) -> str:
-    """The class that gives a format its colour; dynamic formats have that of their widths."""
+    """The class that gives a format its colour: that of its widths, whatever grids there are."""
     known = ("float", "w8a8", "w8a4", "w4a8", "w4a4", "w8", "w4", "a8", "a4")
-    name = name.removesuffix("d")
+    name = re.sub(r"g\d+|d$", "", name)
     return f"f-{name}" if name in known else "f-other"
 
 

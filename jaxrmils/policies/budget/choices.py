@@ -125,8 +125,9 @@ def choices(table: ModelTable, costs: Costs, rules: Rules) -> Choices:
     if rules.formats is not None:
         _check_formats(table, costs, allowed)
     else:
-        has_dynamic = any(p.dynamic for own in costs.options.values() for p in own)
-        allowed = {f: name for f, name in allowed.items() if has_dynamic or not f.dynamic}
+        kinds = {(p.dynamic, p.weight_group) for own in costs.options.values() for p in own}
+        kinds |= {(False, 0)}
+        allowed = {f: name for f, name in allowed.items() if (f.dynamic, f.group) in kinds}
     options = {}
     for row in table.layers:
         known = list(costs.options[row.name])

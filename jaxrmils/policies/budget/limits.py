@@ -149,10 +149,11 @@ def _text(key: LayerPlan | str) -> str:
     return key if isinstance(key, str) else f"{key.format} {'/'.join(key.rounding)}".strip()
 
 
+_WEIGHTS = ("w8", "w4", "w4g32", "w4g64", "w4g128")
 CAPABILITIES: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("float", "w8a8", "w4a8", "w8a8d", "w4a8d", "w8", "w4"),
-    "cuda": ("float", "w8a8", "w4a8", "w8a8d", "w4a8d", "w8", "w4"),
-    "tpu": ("float", "w8a8", "w4a8", "w8a8d", "w4a8d", "w4a4", "w8", "w4"),
+    "cpu": ("float", "w8a8", "w4a8", "w8a8d", "w4a8d", *_WEIGHTS),
+    "cuda": ("float", "w8a8", "w4a8", "w8a8d", "w4a8d", *_WEIGHTS),
+    "tpu": ("float", "w8a8", "w4a8", "w8a8d", "w4a8d", "w4a4", *_WEIGHTS),
 }
 """Formats that gain something on a backend.
 
