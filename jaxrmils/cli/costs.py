@@ -9,7 +9,7 @@ from typing import Any
 from jaxrmils.artifacts.costs_file import costs_info, load_costs, save_costs
 from jaxrmils.artifacts.pareto_file import sources
 from jaxrmils.cli.checks import RULES, budget_settings, forced, limits_of, refinement_rounds
-from jaxrmils.graph import Graph, tabulate
+from jaxrmils.graph import Format, Graph, tabulate
 from jaxrmils.numerics import Ranges
 from jaxrmils.policies import (
     MEASURED_COSTS,
@@ -89,7 +89,7 @@ def _sources(run: str | Path) -> dict[str, str]:
     return {name: found for name, found in sources(run).items() if name != "plan.json"}
 
 
-def _bits(formats: Iterable[str]) -> set[tuple[int, int]]:
+def _bits(formats: Iterable[str]) -> set[Format]:
     return {parse_format(name) for name in formats}
 
 
