@@ -29,7 +29,8 @@ def get_config():
     config.splits.confirmation = 70
     config.splits.test = 90
     config.policy.name = "lossless"
-    # The embedding tables have weights alone: 8 or 4 bits of them.
-    config.policy.formats = ("w8a8", "w4a8")
+    # Activations with a grid for every token: one static grid for all tokens costs 0.09 nats. The
+    # embedding tables have weights alone. No int4: in the word embeddings alone it costs 0.09 nats.
+    config.policy.formats = ("w8a8d", "w8")
     config.verify.margin = 0.03
     return config

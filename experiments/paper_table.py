@@ -21,7 +21,7 @@ from paper_rows import Row, judged, markdown
 from results_file import write_table
 
 import jaxrmils as jr
-from jaxrmils.cli.checks import search_of
+from jaxrmils.cli.checks import candidates_of, search_of
 from jaxrmils.cli.config import load_config
 from jaxrmils.cli.pipeline import batches, make_task, trace_task, with_batch_size
 from jaxrmils.data import Task, check_disjoint
@@ -88,7 +88,16 @@ def draw(config: Any, graph: Graph, simulator: Simulator, task: Task, args: Any)
     margin = config.verify.margin or None
     clock = Clock()
     ranges = jr.calibrate(graph, params, data["ranges"].inputs())
-    scores = jr.score(graph, params, data["selection"], task.loss, ranges)
+    wanted = candidates_of(config, graph)
+    scores = jr.score(
+        graph,
+        params,
+        data["selection"],
+        task.loss,
+        ranges,
+        activation_candidates=wanted.activations,
+        weight_candidates=wanted.weights,
+    )
     prepared = clock.seconds()
     found = jr.lossless(
         graph,
@@ -128,6 +137,8 @@ def draw(config: Any, graph: Graph, simulator: Simulator, task: Task, args: Any)
         row("float, own temperature", cooled),
         simulated("uniform int8", jr.uniform(table, "int8")),
     ]
+    if any(name.endswith("d") for name in config.policy.formats):
+        rows.append(simulated("uniform int8, a grid per token", jr.uniform(table, "w8a8d")))
     aciq = jr.calibrate(graph, params, data["ranges"].inputs(), estimator="aciq_laplace")
     other = SimulatedModel(graph, params, aciq, task.loss)
     rows.append(simulated("uniform int8, ACIQ ranges", jr.uniform(table, "int8"), by=other))
