@@ -124,6 +124,7 @@ def controls(
     table = tabulate(graph)
     check_plan(plan, table)
     simulation = simulation or SimulatedModel(graph, params, ranges, loss)
+    simulation = simulation.holding([plan, *(uniform(table, name) for name in compare)])
     bench = _Bench(simulation, plan, table, batches, fit_batches, groups)
     base = bench.float_model
     found = []

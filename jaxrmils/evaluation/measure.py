@@ -115,7 +115,7 @@ def measure_layers(
     Returns:
       Per quantized layer, float64 [N]: quantized minus float loss of every example.
     """
-    simulation = simulation or SimulatedModel(graph, params, ranges, loss)
+    simulation = (simulation or SimulatedModel(graph, params, ranges, loss)).holding([plan])
     quantized = [name for name, layer in plan.layers.items() if not layer.is_float]
     base = simulation.run(batches).loss
     return {

@@ -322,6 +322,7 @@ def measured_points(
       PlanError: a plan of another model.
       StatisticsError: groups that do not fit.
     """
+    simulation = simulation.holding(each.plan for each in found)
 
     def run(plan: Plan | None) -> tuple[Measured, dict[str, np.ndarray]]:
         measured = simulation.run(batches, plan, keep_outputs=metrics is not None)

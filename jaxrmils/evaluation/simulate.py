@@ -7,7 +7,7 @@ one forward pass each and one compilation together.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxrmils.graph import Graph
+from jaxrmils.numerics import ROUNDINGS
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.numerics.placement import spread, to_host, with_params
 from jaxrmils.policies import Plan
@@ -32,6 +33,8 @@ from jaxrmils.sensitivity import (
 from jaxrmils.sensitivity.scores import check_targets
 
 Batches = Iterable[tuple[Any, Any]]
+
+_USUAL = CandidateSet()
 
 
 class EvaluationError(ValueError):
@@ -65,6 +68,7 @@ class SimulatedModel:
       ranges: the ranges that the plans were made with.
       loss: `loss(outputs, targets) -> [batch]`.
       sharding: how the examples' axis is split over a mesh, as in `score`.
+      candidates: what its program knows; a plan that has others gets a program of its own.
     """
 
     graph: Graph
@@ -72,6 +76,29 @@ class SimulatedModel:
     ranges: Ranges
     loss: Loss
     sharding: NamedSharding | None = None
+    candidates: CandidateSet = _USUAL
+
+    def holding(self, plans: Iterable[Plan]) -> SimulatedModel:
+        """The model whose one program knows what these plans have, in every rounding direction.
+
+        Parts of the plans and their controls then need no other. Itself if it does already.
+        """
+        candidates = self.candidates
+        for plan in plans:
+            candidates = switch_candidates(self.graph, plan, candidates)
+        rounded = [
+            replace(c, rounding=rounding)
+            for c in candidates.activations
+            for rounding in ROUNDINGS
+            if rounding != "stochastic"
+        ]
+        candidates = candidates.holding(rounded)
+        if candidates == self.candidates:
+            return self
+        wider = replace(self, candidates=candidates)
+        # What is compiled and made already serves both.
+        wider.__dict__.update(_step=self._step, _noises=self._noises, _params=self._params)
+        return wider
 
     def run(
         self,
@@ -120,8 +147,8 @@ class SimulatedModel:
     def _switches(self, plan: Plan | None) -> tuple[Any, CandidateSet]:
         """Switches, and what they mean."""
         if plan is None:
-            return to_host(all_off(self.graph, self.ranges)), CandidateSet()
-        candidates = switch_candidates(self.graph, plan)
+            return to_host(all_off(self.graph, self.ranges)), self.candidates
+        candidates = switch_candidates(self.graph, plan, self.candidates)
         return to_host(plan_switches(self.graph, self.ranges, plan, candidates)), candidates
 
     def _noise(self, candidates: tuple[Candidate, ...]) -> Any:

@@ -17,12 +17,12 @@ from jaxrmils.evaluation.curve import CurvePoint, calibration_curve
 from jaxrmils.evaluation.measure import code_agreement, measure, measure_layers
 from jaxrmils.evaluation.metrics import Metrics, metric_changes
 from jaxrmils.evaluation.simulate import EvaluationError, Measured, SimulatedModel
-from jaxrmils.graph import Coverage, Graph
+from jaxrmils.graph import Coverage, Graph, tabulate
 from jaxrmils.lowering import QuantizedModel, compiled_integer_sites
 from jaxrmils.lowering.table import remarks
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.numerics.placement import PlacementError, with_params
-from jaxrmils.policies import Plan, attribute, predict, predict_second_order
+from jaxrmils.policies import Plan, attribute, predict, predict_second_order, uniform
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import Curvature, Loss, Scores
 from jaxrmils.statistics import (
@@ -232,8 +232,9 @@ def verify(
     )
     simulated = _Simulated()
     if ranges is not None:
+        others = [uniform(tabulate(graph), name) for name in compare] if selection else []
         simulated = _simulate(
-            SimulatedModel(graph, params, ranges, loss, sharding),
+            SimulatedModel(graph, params, ranges, loss, sharding).holding([model.plan, *others]),
             model.plan,
             batches,
             selection,

@@ -152,14 +152,16 @@ def lossless(
         raise PlanError("the simulator was made for another graph or loss")
     if scores is not None and scores.table.fingerprint != graph.fingerprint:
         raise PlanError("the scores were made for another model; score this one")
+    search = search or Search()
+    formats = [*search.formats, *(force or {}).values()]
     on_selection, on_confirmation = _other_examples(
-        simulator.on(params, ranges, selection), simulator.on(params, ranges, confirmation)
+        simulator.on(params, ranges, selection).holding(formats),
+        simulator.on(params, ranges, confirmation).holding(formats),
     )
     if margin is None:
         margin = default_margin(float(on_selection.float_loss.mean()), unit=unit)
     # The options of the tests, checked before the long part begins.
     noninferiority(on_confirmation.float_loss, margin=margin, alpha=alpha, groups=groups)
-    search = search or Search()
     settings = {
         "name": "lossless",
         "margin": margin,

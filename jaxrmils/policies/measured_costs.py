@@ -366,7 +366,7 @@ def measured_costs(
     simulator = simulator or Simulator(graph, loss)
     if simulator.graph is not graph or simulator.loss is not loss:
         raise ScoreError("the simulator was made for another graph or loss; make one for these")
-    simulation = simulator.on(params, ranges, batches)
+    simulation = simulator.on(params, ranges, batches).holding(formats)
     float_plan = dict.fromkeys(graph.layers, FLOAT_LAYER)
     options = _options(graph, ranges, formats, lambda row, layer, number: 0.0)
     pairs = [(n, layer) for n, own in options.items() for layer in own if not layer.is_float]

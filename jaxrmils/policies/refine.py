@@ -180,8 +180,9 @@ def refined(
     True
     """
     rules = Rules(formats, skip, dict(force or {}), groups, capabilities, latency)
-    _check(simulation, scores, rounds, radius, folds)
     allowed = [*rules.allowed().values(), *rules.force.values()]
+    simulation = simulation.holding(allowed)
+    _check(simulation, scores, rounds, radius, folds)
     options = layer_options(scores, allowed, rounding)
     numbers = None if clusters is None else group_numbers(clusters, len(scores))
     sides = sides_of(len(scores), folds, numbers, seed)

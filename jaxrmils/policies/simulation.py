@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxrmils.graph import Graph, tabulate
-from jaxrmils.numerics import Rounding
 from jaxrmils.numerics.calibration import Ranges, check_params
 from jaxrmils.numerics.placement import Layout, in_reading_order, spread, to_host, with_params
 from jaxrmils.policies.attribution import (
@@ -27,7 +26,7 @@ from jaxrmils.policies.attribution import (
     finite,
     formats_of,
 )
-from jaxrmils.policies.formats import PlanError
+from jaxrmils.policies.formats import PlanError, candidates_for
 from jaxrmils.policies.plan import Plan, check_plan
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import (
@@ -43,7 +42,6 @@ from jaxrmils.sensitivity import (
 )
 
 _USUAL = CandidateSet()
-_DIRECTIONS: tuple[Rounding, ...] = ("nearest", "floor", "ceil")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,18 +148,41 @@ class Simulator:
             raise PlanError("the ranges were calibrated on another model; calibrate this one")
         for _ in checked(self.graph, batches):
             pass
-        return Simulation(self, params, self.noise(params), to_host(ranges), batches)
+        return Simulation(self, params, to_host(ranges), batches)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Simulation:
-    """A network with its parameters and a set of examples; see `Simulator.on`."""
+    """A network with its parameters and a set of examples; see `Simulator.on`.
+
+    Attributes:
+      simulator, params, ranges, batches: as given.
+      candidates: what its programs know; a plan that has others gets a program of its own.
+    """
 
     simulator: Simulator
     params: Any
-    noise: Any
     ranges: Ranges
     batches: Sequence[tuple[Any, Any]]
+    candidates: CandidateSet = _USUAL
+
+    def holding(self, formats: Iterable[str]) -> Simulation:
+        """The simulation whose one program knows these formats too; itself if it does already.
+
+        For whoever looks at many plans: their mixtures would each compile another program.
+        """
+        known = candidates_for(formats)
+        candidates = self.candidates.holding(known.activations, known.weights)
+        if candidates == self.candidates:
+            return self
+        wider = dataclasses.replace(self, candidates=candidates)
+        wider.__dict__["_noises"] = self._noises  # Those that are made serve both.
+        return wider
+
+    @property
+    def noise(self) -> Any:
+        """Of the weights under its candidates."""
+        return self._noise_of(self.candidates)
 
     @functools.cached_property
     def float_loss(self) -> np.ndarray:
@@ -171,7 +192,8 @@ class Simulation:
     @functools.cached_property
     def _float_losses(self) -> tuple[np.ndarray, np.ndarray]:
         """And whose examples they are."""
-        return self._losses(to_host(all_off(self.simulator.graph, self.ranges)), _USUAL)
+        off = to_host(all_off(self.simulator.graph, self.ranges))
+        return self._losses(off, self.candidates)
 
     def change(self, plan: Plan) -> np.ndarray:
         """float64 [N]: quantized minus float loss of every example.
@@ -211,13 +233,11 @@ class Simulation:
         """A plan's switches, and what they mean."""
         graph = self.simulator.graph
         check_plan(plan, tabulate(graph))
-        candidates = switch_candidates(graph, plan)
+        candidates = switch_candidates(graph, plan, self.candidates)
         return to_host(plan_switches(graph, self.ranges, plan, candidates)), candidates
 
     def _noise_of(self, candidates: CandidateSet) -> Any:
         """The weights' noise under candidates; made once for each set."""
-        if candidates.weights == _USUAL.weights:
-            return self.noise
         if candidates.weights not in self._noises:
             made = self.simulator.noise(self.params, candidates=candidates)
             self._noises[candidates.weights] = made
@@ -247,24 +267,19 @@ class Simulation:
         return losses, readers
 
 
-def switch_candidates(graph: Graph, plan: Plan) -> CandidateSet:
-    """What a plan's switches must be able to say: the usual candidates, and others behind them.
+def switch_candidates(graph: Graph, plan: Plan, known: CandidateSet = _USUAL) -> CandidateSet:
+    """What a plan's switches must be able to say: known candidates, and others behind them.
 
-    A program is compiled for a set. Plans of the formats that are always scored share one; those
-    with dynamic activations have a program of their own, which knows rows' grids in all roundings.
+    A program is compiled for a set. Plans of the formats that are always scored share one.
 
     Args:
       graph: from `trace`.
       plan: from a policy.
+      known: by default those that are always scored.
     """
     formats = formats_of(graph, plan)
-    activations = [
-        dataclasses.replace(c, rounding=rounding)
-        for each in formats.activations.values()
-        for c in each
-        for rounding in _DIRECTIONS
-    ]
-    return _USUAL.holding(activations, formats.weights.values())
+    activations = [c for each in formats.activations.values() for c in each]
+    return known.holding(activations, formats.weights.values())
 
 
 def plan_switches(

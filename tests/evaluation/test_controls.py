@@ -336,3 +336,22 @@ def test_bad_input_is_refused(job):
         controls(graph, params, other, selection, loss, ranges, fit_batches=selection, margin=0.01)
     with pytest.raises(EvaluationError, match="one is empty"):
         controls(graph, params, plan, [], loss, ranges, fit_batches=selection, margin=0.01)
+
+
+def test_parts_and_controls_of_a_mixture_share_one_program():
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(8, 8)).astype(np.float32) for name in "ab"}
+    x, targets = rng.normal(size=(4, 8)).astype(np.float32), np.zeros(4, np.float32)
+    graph = jr.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, x)
+    ranges = jr.calibrate(graph, params, [x], estimator="minmax")
+    plan = jr.uniform(jr.tabulate(graph), "w8a8d", force={"b": "w4g32"})
+    narrow = simulate.SimulatedModel(graph, params, ranges, any_loss)
+    model = narrow.holding([plan])
+    others = [plan.only("a"), plan.only("b"), *rounding_plans(plan).values(), None]
+    losses = [model.run([(x, targets)], each).loss for each in (plan, *others)]
+    # All nearest is the plan itself, and of a single input random directions are floor or ceil.
+    assert len(np.unique(losses, axis=0)) == len(losses) - 2
+    assert model._step._cache_size() == 1
+    assert model.holding([plan, *others[:-1]]) is model
+    narrow.holding([plan]).run([(x, targets)], plan)  # Another one compiles nothing either.
+    assert narrow._step._cache_size() == 1

@@ -160,7 +160,8 @@ def test_measuring_shows_its_progress_and_compiles_once():
         return items
 
     data = (graph, params, [(inputs, TARGETS)], loss, calibrated("plain"))
-    costs = measured_costs(*data, simulator=simulator, progress=progress)
+    formats = ("w8a8", "w8a8d", "w4a8d", "w4g32")
+    costs = measured_costs(*data, formats=formats, simulator=simulator, progress=progress)
     assert seen[-1] == 4 * len(costs.options)
     assert simulator.losses._cache_size() == 1
     with pytest.raises(ScoreError, match="another graph or loss"):
