@@ -153,8 +153,9 @@ def dot_int32(
         code_bound(rhs_bits, zero_point=rhs_zero_point is not None),
     )
     operation = _operation(lhs, rhs, dimension_numbers)
-    by_row = any(jnp.ndim(z) for z in (lhs_zero_point, rhs_zero_point) if z is not None)
-    name = f"w{rhs_bits}a{lhs_bits}" + "d" * by_row
+    by_row = [z is not None and jnp.ndim(z) > 0 for z in (lhs_zero_point, rhs_zero_point)]
+    weight, activation = (lhs_bits, rhs_bits) if by_row == [False, True] else (rhs_bits, lhs_bits)
+    name = f"w{weight}a{activation}" + "d" * any(by_row)
     formulation = row_of(backend, operation, name).formulation
     if formulation == "s4 dot":
         lhs, rhs = lhs.astype(jnp.int4), rhs.astype(jnp.int4)

@@ -215,6 +215,10 @@ def test_int4_arrays_are_exact(backend):
     for left, right in pairs:
         out = dot_int32(left, right, MATMUL, lhs_zero_point=jnp.int32(-8), backend=backend)
         assert_exact(out, reference(lhs, rhs, MATMUL, -8))
+    # A weight in front of activations whose rows (columns here) have their own zero points.
+    wide, zero = codes(8, (8, 2)), jnp.array([[3, -128]])
+    out = dot_int32(lhs.astype(int4), wide, MATMUL, rhs_zero_point=zero, backend=backend)
+    assert_exact(out, reference(lhs, wide, MATMUL, 0, np.asarray(zero)))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "tpu"])
