@@ -32,6 +32,7 @@ from jaxrmils.policies import (
 )
 from jaxrmils.policies.budget.policy import JOINT, Settings
 from jaxrmils.policies.constraints import nearest_layer
+from jaxrmils.policies.measured_costs import check_calibrated
 from jaxrmils.policies.plan import FLOAT_LAYER
 from jaxrmils.sensitivity import LABEL_FREE, CandidateSet
 
@@ -135,6 +136,8 @@ def _check_budget(policy: Any, table: ModelTable) -> None:
             "policy.limits, as in --config.policy.limits.size_share=0.2"
         )
     names = {*policy.formats, *forced(policy.force).values()}
+    if policy.objective in MEASURED_COSTS and policy.objective != "measured":
+        check_calibrated(sorted(names))
     plans = {
         name: {FLOAT_LAYER: 0.0}
         | {nearest_layer(table, name, parse_format(each)): 0.0 for each in names}

@@ -307,13 +307,15 @@ def remarks(backend: str, formats: Iterable[str]) -> tuple[str, ...]:
 
     >>> remarks("tpu", ("w8a8", "w4a8"))
     ()
+    >>> len(remarks("cpu", ("w4g16",)))
+    2
     """
-    used, found = set(formats), []
-    if backend == "cpu" and used & {"w4a4", "w4a8", "w4a8d", "w4", *GROUPED}:
+    used, found = {name.partition("g")[0] for name in formats}, []  # w4g32 is a w4
+    if backend == "cpu" and used & {"w4a4", "w4a8", "w4a8d", "w4"}:
         found.append(
             "int4 weights are smaller but not faster on CPU: every call unpacks them to int8"
         )
-    if backend == "cpu" and used & {*WEIGHTS, *GROUPED}:
+    if backend == "cpu" and used & set(WEIGHTS):
         found.append("weight-only formats save memory, not time: the operation stays float")
     return tuple(found)
 

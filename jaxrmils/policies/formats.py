@@ -43,7 +43,7 @@ def parse_format(name: str) -> Format:
     """
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise PlanError(f"unknown format {name!r}{hint} Formats: {', '.join(FORMATS)}")
     return FORMATS[name]
 

@@ -393,13 +393,19 @@ def _checked_bits(
 ) -> tuple[tuple[int, int], ...]:
     """The formats' bits; PlanError for what has more than bits."""
     found = _checked(graph, params, ranges, formats)
-    for name, each in zip(formats, found, strict=True):
+    check_calibrated(formats)
+    return tuple((each.weight_bits, each.activation_bits) for each in found)
+
+
+def check_calibrated(formats: Iterable[str]) -> None:
+    """PlanError for formats that only the measured costs know: of grids of rows, or of groups."""
+    for name in formats:
+        each = parse_format(name)
         if each.dynamic or each.group:
             raise PlanError(
                 f"{name}: these costs know calibrated grids for whole tensors and scales for whole "
                 "channels alone; take 'measured', or an objective of scores, such as 'squared'"
             )
-    return tuple((each.weight_bits, each.activation_bits) for each in found)
 
 
 def _options(

@@ -12,7 +12,7 @@ import numpy as np
 from jaxrmils.graph import Format, Graph, LayerRow, ModelTable
 from jaxrmils.numerics import ROUNDINGS, Rounding
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError, format_name
-from jaxrmils.sensitivity import Candidate, Curvature, Scores
+from jaxrmils.sensitivity import Candidate, Curvature, ScoreMoments, Scores
 
 _BITS = (32, 8, 4)
 
@@ -283,16 +283,20 @@ def _parts(scores: Scores, name: str, layer: LayerPlan) -> list[np.ndarray]:
         for row, candidate in zip(rows, layer.activation_candidates, strict=False):
             parts.append(scores.activation(row.site, row.position, candidate))
     except ValueError as error:
-        wanted = {"activation": layer.activation_candidates}
-        if layer.weight_bits < FLOAT_BITS:
-            wanted["weight"] = (layer.weight_candidate,)
-        raise PlanError(
-            f"layer {name}: the format {layer.format} was not scored; {_advice(scores, wanted)}"
-        ) from error
+        raise not_scored(scores, name, layer) from error
     return parts
 
 
-def _advice(scores: Scores, wanted: Mapping[str, tuple[Candidate, ...]]) -> str:
+def not_scored(scores: Scores | ScoreMoments, name: str, layer: LayerPlan) -> PlanError:
+    """The error for a layer in a format that scores do not hold; it says what to score."""
+    wanted = {"activation": layer.activation_candidates}
+    if layer.weight_bits < FLOAT_BITS:
+        wanted["weight"] = (layer.weight_candidate,)
+    advice = _advice(scores, wanted)
+    return PlanError(f"layer {name}: the format {layer.format} was not scored; {advice}")
+
+
+def _advice(scores: Scores | ScoreMoments, wanted: Mapping[str, tuple[Candidate, ...]]) -> str:
     """What to score, by the operand's kind."""
     missing = []
     for kind, candidates in wanted.items():
@@ -302,4 +306,7 @@ def _advice(scores: Scores, wanted: Mapping[str, tuple[Candidate, ...]]) -> str:
             missing.append(f"{kind}_candidates with {', '.join(found)}")
     if not missing:
         return "no calibration example reached it"
-    return f"score it with {' and '.join(missing)}, see `candidates_for`"
+    return (
+        f"score it with {' and '.join(missing)}: `candidates_for` names them, and `jaxrmils "
+        "quantize` scores the formats of config.policy.formats"
+    )

@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError
-from jaxrmils.policies.plan import LayerPlan, Plan, check_plan, layer_prediction, predict
+from jaxrmils.policies.plan import (
+    LayerPlan,
+    Plan,
+    check_plan,
+    layer_prediction,
+    not_scored,
+    predict,
+)
 from jaxrmils.sensitivity import Candidate, ScoreMoments, Scores
 from jaxrmils.statistics import Interval, group_numbers, mean_interval, pseudo_values, t_interval
 
@@ -140,7 +147,7 @@ def columns_of(moments: ScoreMoments, name: str, layer: LayerPlan) -> list[int]:
         for row, candidate in zip(rows, layer.activation_candidates, strict=False):
             columns += moments.activation_columns(row.site, row.position, candidate)
     except ValueError as error:
-        raise PlanError(f"layer {name}: the format {layer.format} was not scored") from error
+        raise not_scored(moments, name, layer) from error
     return columns
 
 

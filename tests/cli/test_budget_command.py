@@ -126,6 +126,7 @@ def test_more_limits_groups_and_no_labels(folder):
         (["refine=True", "objective=signed"], "expected one of 'squared', 'squared_output'"),
         (["refine=True", "name=uniform"], "only a budget is refined"),
         (["objective=squared_outputs"], "did you mean 'squared_output'?"),
+        (["objective=sqnr", "formats=w8a8,w8a8d"], "w8a8d: these costs know calibrated grids"),
         (["refine=1", "scores=moments"], "policy.refine needs every example's scores"),
         (["objective=squard"], "did you mean 'squared'? Expected one of 'signed'"),
         (["rounding=up"], "policy.rounding is 'up'; expected one of 'nearest', 'directed'"),

@@ -79,5 +79,9 @@ def test_what_needs_single_examples_says_so():
     with pytest.raises(AttributeError, match="no attribute 'lossy'"):
         _ = MOMENTS.lossy
     scored_in_w8 = dataclasses.replace(MOMENTS, weight_candidates=MOMENTS.weight_candidates[:1])
-    with pytest.raises(PlanError, match="was not scored"):
+    with pytest.raises(PlanError, match="weight_candidates with int4 nearest: `candidates_for`"):
         jr.budget(scored_in_w8, limits)
+    with pytest.raises(
+        PlanError, match="w8a8d was not scored; score it with activation_candidates"
+    ):
+        jr.budget(MOMENTS, limits, formats=("w8a8d",))
