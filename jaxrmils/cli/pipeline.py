@@ -146,10 +146,9 @@ def with_exact_batch_size(
     if config.policy.name == "lossless" or config.policy.refine or config.verify.attribute:
         steps.append("attribute")
     known = (graph, params, task.loss, ranges, *_shapes(task))
-    points = config.verify.points
-    return _with_size(
-        config, batch_size_for(config.memory_bytes, *known, steps=steps, points=points)
-    )
+    options = {"points": config.verify.points, "candidates": candidates_of(config, graph)}
+    size = batch_size_for(config.memory_bytes, *known, steps=steps, **options)
+    return _with_size(config, size)
 
 
 def _shapes(task: Task) -> Any:

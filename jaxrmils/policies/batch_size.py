@@ -13,8 +13,7 @@ from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.numerics.placement import to_host
 from jaxrmils.policies.simulation import Simulator
 from jaxrmils.sensitivity import (
-    ACTIVATION_CANDIDATES,
-    WEIGHT_CANDIDATES,
+    CandidateSet,
     Loss,
     ScoreError,
     all_off,
@@ -25,6 +24,7 @@ from jaxrmils.sensitivity.scores import Scoring
 
 Step = Literal["score", "attribute", "simulate"]
 STEPS: tuple[Step, ...] = get_args(Step)
+_USUAL = CandidateSet()
 
 
 def batch_size_for(
@@ -38,6 +38,7 @@ def batch_size_for(
     *,
     steps: Sequence[Step] = ("score",),
     points: int = 2,
+    candidates: CandidateSet = _USUAL,
     sizes: Sequence[int] = SIZES,
 ) -> int:
     """The largest batch whose compiled programs fit into memory.
@@ -58,6 +59,7 @@ def batch_size_for(
       steps: what will run: "score", "attribute" (also `lossless` and `refined`), "simulate" (their
         forward passes alone).
       points: quadrature points of an attribution.
+      candidates: what is scored and simulated, as `candidates_for` makes it of formats.
       sizes: to choose from.
 
     Returns:
@@ -79,7 +81,7 @@ def batch_size_for(
     unknown = [step for step in steps if step not in STEPS]
     if unknown or not steps or not sizes:
         raise ScoreError(f"steps {steps} and sizes {sizes}; expected some, steps of {STEPS}")
-    programs = _programs(graph, params, loss, ranges, points)
+    programs = _programs(graph, params, loss, ranges, points, candidates)
     known: dict[int, int] = {}
 
     def needed(size: int) -> int:
@@ -114,24 +116,30 @@ def _nearest(ordered: Sequence[int], size: int) -> int:
 
 
 def _programs(
-    graph: Graph, params: Any, loss: Loss, ranges: Ranges, points: int
+    graph: Graph,
+    params: Any,
+    loss: Loss,
+    ranges: Ranges,
+    points: int,
+    candidates: CandidateSet,
 ) -> Mapping[str, Callable[[Any, Any], Any]]:
     """What lowers each step for shapes of inputs and targets."""
-    scoring = Scoring(graph, params, loss, ranges, ACTIVATION_CANDIDATES, WEIGHT_CANDIDATES)
+    kinds = (candidates.activations, candidates.weights)
+    scoring = Scoring(graph, params, loss, ranges, *kinds)
     simulator = Simulator(graph, loss, points)
-    noise = jax.eval_shape(lambda p: weight_noise(graph, p, WEIGHT_CANDIDATES), params)
+    noise = jax.eval_shape(lambda p: weight_noise(graph, p, candidates.weights), params)
     grids, off = to_host(ranges), to_host(all_off(graph, ranges))
     model = (params, noise, grids)
 
     def attribute(x: Any, y: Any) -> Any:
         count = jax.tree.leaves(x)[0].shape[0]
         float_loss = jax.ShapeDtypeStruct((count,), jnp.float32)
-        return simulator.secants.lower(*model, off, x, y, float_loss)
+        return simulator.secants.lower(*model, off, x, y, float_loss, candidates=candidates)
 
     return {
         "score": lambda x, y: jax.jit(scoring.step).lower(*model, x, y),
         "attribute": attribute,
-        "simulate": lambda x, y: simulator.losses.lower(*model, off, x, y),
+        "simulate": lambda x, y: simulator.losses.lower(*model, off, x, y, candidates=candidates),
     }
 
 

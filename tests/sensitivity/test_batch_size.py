@@ -84,6 +84,11 @@ def test_the_compiled_size_fits_and_the_next_does_not(monkeypatch):
     step = jax.jit(lambda p, x, y: contributions(small, p, x, y, squares, ranges))
     analysis = step.lower(params, rows, rows).compile().memory_analysis()
     assert analysis.temp_size_in_bytes < compiled[found][0] < 4 * analysis.temp_size_in_bytes
+    wide = jr.candidates_for(["w8a8d", "w4g32"])
+    one = {"sizes": (4,), "steps": ("simulate",)}
+    batch_size_for(limit, *known, **one)
+    batch_size_for(limit, *known, **one, candidates=wide)
+    assert compiled[4][-1] - compiled[4][-2] >= 4 * 64 * 64  # The noise of a third candidate.
     with pytest.raises(ScoreError, match=r"a batch of 4 takes [\d,]+ bytes, parameters and"):
         batch_size_for(1000, *known, sizes=(4,))
     with pytest.raises(ScoreError, match="steps of"):
