@@ -5,8 +5,9 @@
 
 Every operation is followed by what follows it in a model: integer ones by scaling and quantization
 to int8, float ones by a scale and a ReLU. "as written" is the same integer operation given to XLA
-as the model has it. GOP/s count two operations for a multiplication and an addition; the peak is
-the fastest int8 dot of the run.
+as the model has it. Products of two activations also start from float32 and end there, with a
+calibrated grid for each operand ("from float32") or a grid for every row ("by rows"). GOP/s count
+two operations for a multiplication and an addition; the peak is the fastest int8 dot of the run.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ from scoring_cost import Timed, compiled, environment, ratio, time_in_turns
 
 from jaxrmils.lowering import Backend, default_backend
 from jaxrmils.lowering.integer_conv import conv_int32
-from jaxrmils.lowering.integer_dot import dot_int32
+from jaxrmils.lowering.integer_dot import dot_int32, output_scale
+from jaxrmils.numerics import quantize, row_params
 from jaxrmils.numerics.packing import pack_int4, unpack_int4
+from jaxrmils.numerics.quant_params import from_range
 
 LAYOUTS = ("NHWC", "HWIO", "NHWC")
 FLOAT, INTEGER, WRITTEN, INT4 = "float32", "int8", "int8 as written", "int4 weights"
+WHOLE, ROWS = "from float32", "by rows"
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,11 @@ CASES = (
     conv_case("grouped", 28, 3, 256, 256, groups=32),
     conv_case("depthwise", 56, 3, 144, 144, groups=144),
 )
-QUICK = (dot_case(1, 64, 32), conv_case("stem", 8, 3, 3, 32, batch=1))
+QUICK = (
+    dot_case(1, 64, 32),
+    Case("attention q k", (2, 8, 16), (2, 8, 16), (((2,), (2,)), ((0,), (0,)))),
+    conv_case("stem", 8, 3, 3, 32, batch=1),
+)
 
 
 def functions(case: Case, backend: Backend) -> dict[str, Callable[[Any, Any], Any]]:
@@ -132,7 +140,24 @@ def functions(case: Case, backend: Backend) -> dict[str, Callable[[Any, Any], An
     if case.is_dot and not case.numbers[1][0] and case.rhs[-1] > 1:
         unpack = functools.partial(unpack_int4, last_dim=case.rhs[-1])
         found[INT4] = lambda lhs, rhs: requantized(formulated(lhs, unpack(rhs)))
+    if case.is_dot and case.numbers[1][0]:
+        found[WHOLE] = functools.partial(of_activations, case, backend, False)
+        found[ROWS] = functools.partial(of_activations, case, backend, True)
     return found
+
+
+def of_activations(case: Case, backend: Backend, by_rows: bool, lhs: Any, rhs: Any) -> Any:
+    """A product of two float32 activations, both quantized on the way."""
+    grids, codes = [], []
+    for values, axes in zip((lhs, rhs), case.numbers[0], strict=True):
+        grid = from_range(jnp.float32(-127.0), jnp.float32(128.0), bits=8, symmetric=False)
+        grids.append(row_params(values, bits=8, axes=axes) if by_rows else grid)
+        codes.append(quantize(values, grids[-1]))
+    zeros = [grid.zero_point for grid in grids]
+    points = {"lhs_zero_point": zeros[0], "rhs_zero_point": zeros[1]}
+    total = dot_int32(codes[0], codes[1], case.numbers, **points, backend=backend)
+    scale = output_scale(grids[0].scale, grids[1].scale, case.numbers, lhs.ndim, rhs.ndim)
+    return jax.nn.relu(total.astype(jnp.float32) * (scale * jnp.float32(1e-3)))
 
 
 def requantized(total: Any) -> Any:
@@ -147,7 +172,8 @@ def compile_case(case: Case, backend: Backend) -> dict[str, Timed]:
     lhs = jnp.asarray(rng.integers(-127, 128, case.lhs), jnp.int8)
     rhs = jnp.asarray(rng.integers(-7, 8, case.rhs), jnp.int8)
     operands: dict[str, tuple[Any, Any]] = dict.fromkeys((INTEGER, WRITTEN), (lhs, rhs))
-    operands[FLOAT] = (lhs.astype(jnp.float32), rhs.astype(jnp.float32))
+    floats = (lhs.astype(jnp.float32), rhs.astype(jnp.float32))
+    operands |= dict.fromkeys((FLOAT, WHOLE, ROWS), floats)
     operands[INT4] = (lhs, pack_int4(rhs))
     return {
         name: compiled(function, operands[name])
@@ -172,7 +198,7 @@ def measure(cases: Sequence[Case], rounds: int, backend: Backend) -> dict[str, A
 def show(rows: dict[str, Any], console: Console) -> None:
     """The table."""
     peak = max(row["gops"] for row in rows.values())
-    names = (INTEGER, INT4, WRITTEN)
+    names = (INTEGER, INT4, WRITTEN, WHOLE, ROWS)
     table = Table("operation", "float32 ms", *(f"{n}, times faster" for n in names), "of the peak")
     for name, row in rows.items():
         faster = [f"{row['faster'][n][0]:.2f}" if n in row["faster"] else "" for n in names]

@@ -36,6 +36,8 @@ def test_formulations_agree(case):
     np.testing.assert_array_equal(results[operations.INTEGER], results[operations.WRITTEN])
     if operations.INT4 in results:
         np.testing.assert_array_equal(results[operations.INTEGER], results[operations.INT4])
+    for name in {operations.WHOLE, operations.ROWS} & set(results):
+        np.testing.assert_allclose(results[name], results[operations.FLOAT], atol=0.02)
     floats = np.clip(np.round(results[operations.FLOAT]), -128, 127)
     np.testing.assert_array_equal(np.maximum(results[operations.INTEGER], 0), floats)
 
