@@ -48,16 +48,26 @@ def parse_format(name: str) -> Format:
     return FORMATS[name]
 
 
+def several(formats: Iterable[str]) -> Iterable[str]:
+    """The formats as they are; PlanError for a single word, whose letters would be taken."""
+    if isinstance(formats, str):
+        raise PlanError(f"formats is {formats!r}; expected some, such as ('w8a8', 'w4a8')")
+    return formats
+
+
 def candidates_for(formats: Iterable[str]) -> CandidateSet:
     """The candidates that scores must hold for formats: the usual ones, and others behind them.
 
     Args:
       formats: names of formats.
 
+    Raises:
+      PlanError: a single word, or an unknown format.
+
     >>> candidates_for(["w8a8", "w4a8d"]).activations[6:]
     (Candidate(bits=8, rounding='nearest', dynamic=True),)
     """
-    found = [parse_format(name) for name in formats]
+    found = [parse_format(name) for name in several(formats)]
     return CandidateSet().holding(
         [Candidate(f.activation_bits, dynamic=True) for f in found if f.dynamic],
         [Candidate(f.weight_bits, group=f.group) for f in found if f.group],

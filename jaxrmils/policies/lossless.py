@@ -153,6 +153,7 @@ def lossless(
     if scores is not None and scores.table.fingerprint != graph.fingerprint:
         raise PlanError("the scores were made for another model; score this one")
     search = search or Search()
+    search.check()
     formats = [*search.formats, *(force or {}).values()]
     on_selection, on_confirmation = _other_examples(
         simulator.on(params, ranges, selection).holding(formats),

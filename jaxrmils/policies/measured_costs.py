@@ -17,7 +17,7 @@ from jaxrmils.graph import Format, Graph, LayerRow, tabulate
 from jaxrmils.numerics.calibration import Ranges, check_params
 from jaxrmils.policies.constraints import nearest_layer
 from jaxrmils.policies.costs import Costs
-from jaxrmils.policies.formats import FLOAT_BITS, PlanError, parse_format
+from jaxrmils.policies.formats import FLOAT_BITS, PlanError, parse_format, several
 from jaxrmils.policies.plan import FLOAT_LAYER, LayerPlan, Plan
 from jaxrmils.policies.simulation import Simulator
 from jaxrmils.progress import Progress, silent
@@ -380,7 +380,7 @@ def _checked(
     graph: Graph, params: Any, ranges: Ranges, formats: Sequence[str]
 ) -> tuple[Format, ...]:
     """The formats, if everything fits together."""
-    if not formats or isinstance(formats, str):
+    if not several(formats):
         raise PlanError(f"formats is {formats!r}; expected some, such as ('w8a8', 'w4a8')")
     found = tuple(parse_format(name) for name in formats)
     check_params(graph, params)

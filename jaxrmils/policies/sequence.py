@@ -22,7 +22,7 @@ from jaxrmils.graph import LayerRow, ModelTable, tabulate
 from jaxrmils.numerics import Rounding
 from jaxrmils.policies.attribution import PlanAttribution
 from jaxrmils.policies.constraints import Constraints
-from jaxrmils.policies.formats import FLOAT_BITS, PlanError, fit, parse_format
+from jaxrmils.policies.formats import FLOAT_BITS, PlanError, fit, parse_format, several
 from jaxrmils.policies.frontier import Estimate, Option, path, saving
 from jaxrmils.policies.plan import FLOAT_LAYER, LayerPlan, Plan, layer_prediction
 from jaxrmils.policies.simulation import Simulation
@@ -58,7 +58,7 @@ class Search:
         """Raises PlanError for numbers out of range or unknown formats."""
         if not self.formats:
             raise PlanError("formats is empty; expected some, such as ('w8a8', 'w4a8')")
-        for name in self.formats:
+        for name in several(self.formats):
             parse_format(name)
         if self.rounds < 0 or self.length < 1 or not self.caution >= 0 or not self.compute >= 0:
             raise PlanError(

@@ -230,6 +230,8 @@ def test_policies_take_what_was_scored():
     assert [p.format for p in options["w"]] == ["float", "w8a8", "w8a8", "w8a8d", "w4a8d"]
     found = budget(wide, jr.Limits(size_share=0.21), formats=("w8a8d", "w4a8d"))
     assert found.layers["w"].format == "w4a8d"
+    with pytest.raises(PlanError, match="formats is 'w8a8d'; expected some"):
+        candidates_for("w8a8d")
     graph, params, x = dots()
     with pytest.raises(PlanError, match="calibrated grids for whole tensors and"):
         sqnr_costs(graph, params, [(x, x)], wide.ranges, formats=("w8a8d",))

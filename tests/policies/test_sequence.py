@@ -178,6 +178,7 @@ def test_skip_and_force_hold():
     [
         (Search(formats=()), "formats is empty"),
         (Search(formats=("w9",)), "unknown format 'w9'"),
+        (Search(formats="w8a8"), "formats is 'w8a8'; expected some"),
         (Search(rounds=-1), "rounds -1"),
         (Search(length=0), "length 0"),
         (Search(caution=float("nan")), "caution nan"),

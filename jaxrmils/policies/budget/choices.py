@@ -12,7 +12,7 @@ from jaxrmils.policies.budget.groups import Groups, resolve_groups
 from jaxrmils.policies.budget.limits import CAPABILITIES, LatencyTable
 from jaxrmils.policies.constraints import Constraints, matching
 from jaxrmils.policies.costs import Costs
-from jaxrmils.policies.formats import FLOAT_BITS, FORMATS, PlanError, fit, parse_format
+from jaxrmils.policies.formats import FLOAT_BITS, FORMATS, PlanError, fit, parse_format, several
 from jaxrmils.policies.plan import LayerPlan
 
 FLOAT = Format(FLOAT_BITS, FLOAT_BITS)
@@ -44,9 +44,7 @@ class Rules:
         Raises:
           PlanError: an unknown format or backend, or none besides float.
         """
-        if isinstance(self.formats, str):
-            raise PlanError(f"formats is {self.formats!r}; expected some, such as ('w8a8', 'w4a8')")
-        names = FORMATS if self.formats is None else self.formats
+        names = FORMATS if self.formats is None else tuple(several(self.formats))
         capable = self.capable()
         found = {FLOAT: "float"}
         for name in names:
