@@ -27,6 +27,7 @@ from jaxrmils.cli.checks import (
 )
 from jaxrmils.cli.commands import Outcome, console_of
 from jaxrmils.cli.config import ConfigError
+from jaxrmils.cli.costs import wanted_formats
 from jaxrmils.cli.saved_run import (
     POLICY,
     Network,
@@ -197,6 +198,7 @@ def _refined(
     selection = pipeline.batches(task.split("selection"), network.config.batch_size)
     simulator = Simulator(network.graph, task.loss)
     simulation = simulator.on(network.params, scores.ranges, selection)
+    simulation = simulation.holding(wanted_formats(run.policy))  # One for all budgets.
     progress = silent if args.quiet else bars
     points = []
     for point in progress(solved, "refining budgets", len(solved)):

@@ -18,6 +18,7 @@ from rich.text import Text
 from jaxrmils import artifacts
 from jaxrmils.artifacts.report_files import RUN_KIND
 from jaxrmils.cli import pipeline, saving
+from jaxrmils.cli.checks import candidates_of
 from jaxrmils.cli.config import ConfigError, apply_overrides, load_config
 from jaxrmils.cli.defaults import base_config
 from jaxrmils.cli.printing import print_saved
@@ -32,13 +33,13 @@ from jaxrmils.evaluation import (
     wide_console,
 )
 from jaxrmils.evaluation.metrics import TOP_1
-from jaxrmils.graph import TraceError, tabulate
+from jaxrmils.graph import Graph, TraceError, tabulate
 from jaxrmils.lowering import default_backend
 from jaxrmils.lowering.table import remarks, remarks_on_layers
 from jaxrmils.numerics import CalibrationError, format_size
 from jaxrmils.policies import FORMATS, PlanError
 from jaxrmils.progress import Progress, bars, silent
-from jaxrmils.sensitivity import ScoreError
+from jaxrmils.sensitivity import CandidateSet, ScoreError
 from jaxrmils.statistics import StatisticsError, noninferiority, verdict_words
 from jaxrmils.zoo import WeightError
 
@@ -101,6 +102,8 @@ def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
         console.print(Text(_nothing_passed(config, result)))
     if "refinement" in result.plan.policy:
         console.print(Text(f"Refined    {_refinement_words(result.plan.policy['refinement'])}"))
+    for note in _layer_notes(config, result.graph):
+        console.print(Text(f"Note       {note}"))
     if not config.batch_size:
         console.print(Text(f"Batches    {result.batch_size} examples, which fit into memory"))
     console.print(Text(f"Files      {args.out}: {', '.join(written)}"))
@@ -136,6 +139,13 @@ def _nothing_passed(config: Any, result: pipeline.Result) -> str:
         f"Note       no layer's mu reaches the threshold {config.policy.mu}, so every layer stays "
         f"float; the largest is {largest:.3g} ({name} in int{bits}): lower policy.mu"
     )
+
+
+def _layer_notes(config: Any, graph: Graph) -> tuple[str, ...]:
+    """What the model's layers can't have of the formats that a config names."""
+    if candidates_of(config, graph) == CandidateSet():
+        return ()
+    return remarks_on_layers({site.kind for site in graph.sites})
 
 
 def _mu_title(result: pipeline.Result) -> str:

@@ -1,10 +1,12 @@
 """Config files and overrides: every mistake is named, with near matches."""
 
+import jax
 import numpy as np
 import pytest
 
 import jaxrmils as jr
 from jaxrmils.artifacts import save_plan
+from jaxrmils.cli import commands
 from jaxrmils.cli.checks import candidates_of
 from jaxrmils.cli.config import ConfigError, apply_overrides, load_config, resolve_function
 from jaxrmils.cli.defaults import base_config
@@ -122,3 +124,20 @@ def test_only_what_a_config_names_is_scored(tmp_path):
         ("name=file", f"file={tmp_path}/plan.json"),
     ):
         assert scored(*named) == (*ACTIVATION_CANDIDATES, by_row), named
+
+
+def test_a_config_that_names_what_convolutions_lack_is_told():
+    params = {"conv": np.ones((3, 2, 2), "f"), "dense": np.ones((2, 3), "f")}
+
+    def apply(params, x):
+        layout = ("NWC", "WIO", "NWC")
+        h = jax.lax.conv_general_dilated(x, params["conv"], (1,), "SAME", None, None, layout)
+        return h @ params["dense"]
+
+    graph = jr.trace(apply, params, np.ones((4, 5, 2), "f"))
+    dense = jr.trace(lambda p, x: x @ p["dense"], params, np.ones((4, 2), "f"))
+    config = apply_overrides(base_config(), ["--config.policy.formats=w8a8,w8a8d"])
+    (note,) = commands._layer_notes(config, graph)
+    assert "w8a8d and w4a8d they become w8a8" in note
+    assert commands._layer_notes(base_config(), graph) == ()
+    assert commands._layer_notes(config, dense) == ()
