@@ -14,6 +14,7 @@ cheaper on Linux; the value is kept with the results, as are the cores that othe
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -39,17 +40,19 @@ from speed_models import BATCHES, NETWORKS, Workload, workload
 import jaxrmils as jr
 
 FLOAT, DEPTHWISE, INT8, INT4 = "float", "depthwise", "w8a8", "w4a8"
+CODES = "codes"
 QWIX, QWIX_STATIC, ONNX = "qwix", "qwix static", "onnxruntime"
 TITLES = {
     FLOAT: "XLA float32",
     DEPTHWISE: "float32, depthwise as shifted products",
     INT8: "jaxrmils w8a8",
+    CODES: "jaxrmils w8a8, shortcuts in codes",
     INT4: "jaxrmils w4a8",
     QWIX: "qwix w8a8",
     QWIX_STATIC: "qwix w8a8, static ranges",
     ONNX: "onnxruntime int8",
 }
-AGAINST = (DEPTHWISE, QWIX, ONNX)
+AGAINST = (DEPTHWISE, CODES, QWIX, ONNX)
 CALIBRATION_BATCH = 2
 SLOW_ROUNDS = 3
 
@@ -96,6 +99,11 @@ def quantized(work: Workload, against: frozenset[str]) -> dict[str, tuple[Any, A
         name: jr.quantize(graph, work.variables, jr.uniform(jr.tabulate(graph), form), ranges)
         for name, form in formats.items()
     }
+    if CODES in against:
+        graph = dataclasses.replace(graph, shortcuts="codes")
+        ranges = jr.calibrate(graph, work.variables, [example])
+        plan = jr.uniform(jr.tabulate(graph), "w8a8")
+        models[CODES] = jr.quantize(graph, work.variables, plan, ranges)
     return {name: (model.apply, model.params) for name, model in models.items()}
 
 

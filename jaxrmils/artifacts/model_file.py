@@ -22,7 +22,7 @@ from jaxrmils.artifacts.shapes import (
     site_differences,
     site_table,
 )
-from jaxrmils.graph import Graph, TraceError, tabulate, trace
+from jaxrmils.graph import SHORTCUTS, Graph, TraceError, tabulate, trace
 from jaxrmils.graph.compat import abstract
 from jaxrmils.graph.trace import Apply
 from jaxrmils.lowering import Backend, QuantizedModel, QuantizedParams, QuantizedWeight
@@ -73,6 +73,7 @@ def save_model(
             "sizes": {"size_bits": model.size_bits, "float_bits": model.sizes.float_bits},
             "inputs": encode_tree(model.graph.example),
             "params": encode_tree(model.graph.params),
+            "shortcuts": model.graph.shortcuts,
             "sites": site_table(model.graph),
             **fields,
         },
@@ -141,6 +142,11 @@ def _graph(folder: Folder, apply: Apply, params: Any, inputs: Any) -> Graph:
         stored = {name: folder.manifest[name] for name in ("params", "inputs", "sites")}
         for name in ("params", "inputs"):
             check_dtypes(stored[name], name, where)
+        shortcuts: Any = folder.manifest.get("shortcuts", SHORTCUTS[0])
+        if shortcuts not in SHORTCUTS:
+            raise ArtifactError(
+                f"{where}: shortcuts is {shortcuts!r}; expected one of {', '.join(SHORTCUTS)}"
+            )
         if params is None:
             params = decode_tree(stored["params"], "params", where)
         if inputs is None:
@@ -149,7 +155,7 @@ def _graph(folder: Folder, apply: Apply, params: Any, inputs: Any) -> Graph:
     inputs = jax.tree.map(abstract, inputs)
     _refuse(folder, differences(stored["params"], encode_tree(params), "params"))
     try:
-        graph = trace(apply, params, inputs)
+        graph = trace(apply, params, inputs, shortcuts=shortcuts)
     except TraceError as error:
         raise ArtifactError(
             f"{folder.path}: apply can't be traced at the shapes of the saved model: {error} Pass "

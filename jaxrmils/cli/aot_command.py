@@ -212,7 +212,8 @@ def _model(args: argparse.Namespace) -> tuple[str, Graph, Plan, bool, tuple[str,
     else:
         config = load_config(args.config, args.overrides)
         task = pipeline.make_task(config, args.config, silent if args.quiet else bars)
-        graph, plan, symmetric = pipeline.trace_task(task), None, config.ranges.symmetric
+        graph = pipeline.trace_task(task, config.shortcuts)
+        plan, symmetric = None, config.ranges.symmetric
     if args.plan:
         table = tabulate(graph)
         is_format = args.plan in FORMATS

@@ -159,12 +159,16 @@ def inspect(args: argparse.Namespace) -> Outcome:
     """Layers and coverage of a model."""
     config = load_config(args.config, args.overrides)
     task = pipeline.make_task(config, args.config)
-    graph = pipeline.trace_task(task)
+    graph = pipeline.trace_task(task, config.shortcuts)
     table = tabulate(graph)
     console = console_of(args)
     console.print(Text(task.name, style="bold"))
     console.print(coverage_table(graph, table))
     console.print(f"Parameters {format_size(table.float_bits)}")
+    if graph.shortcut_sites:
+        kept = "as codes" if graph.shortcuts == "codes" else "in float (codes are faster)"
+        shared = f"{len(graph.shortcut_sites)} of {len(graph.sites)} inputs"
+        console.print(Text(f"Shortcuts  {shared} are read again behind their layer, {kept}"))
     kinds = {site.kind for site in graph.sites}
     notes = (*remarks(default_backend(), FORMATS), *remarks_on_layers(kinds))
     for note in notes:
@@ -176,6 +180,7 @@ def inspect(args: argparse.Namespace) -> Outcome:
             "coverage": [asdict(entry) for entry in graph.coverage.entries],
             "summary": graph.coverage.summary(),
             "float_bits": table.float_bits,
+            "shortcuts": {"read": graph.shortcuts, "sites": list(graph.shortcut_sites)},
             "notes": list(notes),
         }
     )

@@ -54,6 +54,8 @@ def base_config() -> Any:
     # that does not grow, for budgets (docs/scale.md).
     config.scores = "examples"
     config.curvature = False  # also estimate every layer's second-order term (8 more passes)
+    # What shortcuts around a layer read: "float", or "codes", the layer's own quantized input.
+    config.shortcuts = "float"
     config.backend = ""  # "cpu", "cuda", "tpu"; empty for where jax runs
 
     config.train = ConfigDict()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from jaxrmils.cli.checks import (
     candidates_of,
+    check_choice,
     check_config,
     forced,
     plan_of_file,
@@ -23,7 +24,7 @@ from jaxrmils.cli.defaults import base_config
 from jaxrmils.data import Batches, DataError, Dataset, Splits, Task, check_disjoint
 from jaxrmils.data.splits import SPLIT_NAMES
 from jaxrmils.evaluation import Metrics, Report, verify
-from jaxrmils.graph import Graph, tabulate, trace
+from jaxrmils.graph import SHORTCUTS, Graph, Shortcuts, tabulate, trace
 from jaxrmils.lowering import QuantizedModel, quantize
 from jaxrmils.numerics import Ranges, calibrate
 from jaxrmils.policies import (
@@ -115,9 +116,15 @@ def batches(data: Dataset, size: int) -> Batches:
     return data.batches(min(size, len(data)))
 
 
-def trace_task(task: Task) -> Graph:
-    """The task's graph, from shapes alone."""
-    return trace(task.apply, task.shapes, jax.tree.map(_one_example, task.dataset.inputs))
+def trace_task(task: Task, shortcuts: str = "float") -> Graph:
+    """The task's graph, from shapes alone.
+
+    Raises:
+      ConfigError: unknown `shortcuts`, see `jaxrmils.trace`.
+    """
+    check_choice("config field shortcuts", shortcuts, SHORTCUTS)
+    inputs = jax.tree.map(_one_example, task.dataset.inputs)
+    return trace(task.apply, task.shapes, inputs, shortcuts=cast("Shortcuts", shortcuts))
 
 
 def _one_example(rows: Any) -> jax.ShapeDtypeStruct:
@@ -305,7 +312,7 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
             f"batch_size is {config.batch_size}, but the data set has {len(task.dataset)} examples"
         )
     _check_unseen(config, task)
-    graph = trace_task(task)
+    graph = trace_task(task, config.shortcuts)
     check_config(config, graph)
     if config.scores == "moments" and task.dataset.groups is not None:
         raise ConfigError(

@@ -166,7 +166,7 @@ def network_of(args: argparse.Namespace, run: SavedRun) -> Network:
       PlanError: they are of another model.
     """
     config, task = _task(args)
-    graph = pipeline.trace_task(task)
+    graph = pipeline.trace_task(task, config.shortcuts)
     if graph.fingerprint != run.scores.table.fingerprint:
         raise PlanError(
             f"the task's model is another one than {run.folder.path} was made from (fingerprints "

@@ -18,7 +18,7 @@ from jaxrmils.evaluation.measure import code_agreement, measure, measure_layers
 from jaxrmils.evaluation.metrics import Metrics, metric_changes
 from jaxrmils.evaluation.simulate import EvaluationError, Measured, SimulatedModel
 from jaxrmils.graph import Coverage, Graph, tabulate
-from jaxrmils.lowering import QuantizedModel, compiled_integer_sites
+from jaxrmils.lowering import EXACT_FLOAT, QuantizedModel, compiled_integer_sites
 from jaxrmils.lowering.table import remarks
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.numerics.placement import PlacementError, with_params
@@ -90,7 +90,8 @@ class Report:
         the integer model and its simulation.
       code_steps: by how many steps they differ at most.
       planned_sites: sites whose activations the plan quantizes.
-      integer_sites: those of them at which the compiled program holds an integer operation.
+      integer_sites: those of them at which the compiled program holds an integer operation; the
+        notes name the others.
       controls: the simulated plan and what it is compared with; empty where they were not run.
       curve: the prediction against the number of selection examples; empty without scores.
       lossless: the record of a search for a lossless plan; None where there was none.
@@ -334,8 +335,9 @@ def _report(
 ) -> Report:
     """The report without predictions; `inputs` is a batch to compile the integer model for."""
     agreement = code_agreement(model, inputs)
-    in_integers = compiled_integer_sites(model, inputs)
-    in_float = [site for site in agreement if site not in in_integers]
+    found = compiled_integer_sites(model, inputs)
+    in_float = [site for site in agreement if site not in found]
+    exact = [site for site in agreement if found.get(site) == {EXACT_FLOAT}]
     shares = simulated.shares
     return Report(
         layers=_layers(model, simulated, groups),
@@ -356,9 +358,9 @@ def _report(
         differing_codes=max((fraction for fraction, _ in agreement.values()), default=0.0),
         code_steps=max((steps for _, steps in agreement.values()), default=0),
         planned_sites=len(agreement),
-        integer_sites=len(agreement) - len(in_float),
+        integer_sites=len(agreement) - len(in_float) - len(exact),
         controls=simulated.controls,
-        notes=(*_notes(model, in_float), *explanations(simulated.controls)),
+        notes=(*_notes(model, in_float, exact), *explanations(simulated.controls)),
     )
 
 
@@ -429,12 +431,21 @@ def _layers(model: QuantizedModel, simulated: _Simulated, groups: Any) -> tuple[
     )
 
 
-def _notes(model: QuantizedModel, in_float: Sequence[str]) -> tuple[str, ...]:
+def _first(sites: Sequence[str], count: int = 5) -> str:
+    """The first sites, and how many more there are."""
+    more = f" and {len(sites) - count} more" if len(sites) > count else ""
+    return ", ".join(sites[:count]) + more
+
+
+def _notes(model: QuantizedModel, in_float: Sequence[str], exact: Sequence[str]) -> tuple[str, ...]:
     notes = []
     if in_float:
         notes.append(
-            f"no integer operation was found in the compiled program at {', '.join(in_float[:5])}"
-            f"{' ...' if len(in_float) > 5 else ''}"
+            f"no integer operation was found in the compiled program at {_first(in_float)}"
+        )
+    if exact:
+        notes.append(
+            f"codes are multiplied in float32, exactly and faster there, at {_first(exact)}"
         )
     formats = {layer.format for layer in model.plan.layers.values()}
     return (*notes, *remarks(model.backend, formats))

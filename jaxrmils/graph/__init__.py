@@ -20,6 +20,8 @@ from jaxrmils.graph.table import LayerRow as LayerRow
 from jaxrmils.graph.table import ModelTable as ModelTable
 from jaxrmils.graph.table import group_axis as group_axis
 from jaxrmils.graph.table import tabulate as tabulate
+from jaxrmils.graph.trace import SHORTCUTS as SHORTCUTS
 from jaxrmils.graph.trace import Graph as Graph
+from jaxrmils.graph.trace import Shortcuts as Shortcuts
 from jaxrmils.graph.trace import interpret as interpret
 from jaxrmils.graph.trace import trace as trace

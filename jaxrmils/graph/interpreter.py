@@ -10,8 +10,8 @@ and vmapped.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from jaxrmils.graph.expression import (
     leaf_indices,
     ordered,
 )
-from jaxrmils.graph.program import Bind, Call, Program, SiteStep
+from jaxrmils.graph.program import Bind, Call, Program, SiteStep, is_max_pool
 from jaxrmils.graph.sites import Site
 
 Records = dict[str, Any]
@@ -123,6 +123,13 @@ class Frame:
         return value
 
 
+class Pooled(NamedTuple):
+    """A max-pooling, and what it pools."""
+
+    eqn: compat.JaxprEqn
+    operand: Any
+
+
 @dataclass(frozen=True)
 class SiteCall:
     """What a handler gets at a site.
@@ -134,6 +141,8 @@ class SiteCall:
         the current iteration of stacked loops; None where it gave none.
       state: the caller's value for the site (`state[name]`), sliced likewise.
       step: the caller's value for this iteration (`steps[name]`), sliced by every loop.
+      shared: positions of the operands whose value others read after this site, and are to read
+        as it does; see `trace`'s `shortcuts`.
     """
 
     site: Site
@@ -141,7 +150,10 @@ class SiteCall:
     weight: Any
     state: Any
     step: Any
+    shared: frozenset[int]
     _read: Callable[[int], Any]
+    _store: Callable[[int, Any], None]
+    _pooled: Callable[[int], Pooled | None]
     _frame: Frame
 
     def once(self, index: int, key: Hashable, make: Callable[[Any], Any]) -> Any:
@@ -167,23 +179,43 @@ class SiteCall:
         """The dims of a dot's operand that are summed over; what is left counts its rows."""
         return tuple(self.eqn.params["dimension_numbers"][0][index])
 
+    def pooled(self, index: int) -> Pooled | None:
+        """The max-pooling that an operand comes from, if nothing but sites reads its result."""
+        return self._pooled(index)
+
+    def store(self, index: int, value: Any) -> None:
+        """What later readers of an operand find, if it is among `shared`; nothing otherwise."""
+        if index in self.shared:
+            self._store(index, value.astype(compat.abstract(self.eqn.invars[index]).dtype))
+
+    def _store_changed(self, operands: Sequence[Any]) -> None:
+        for index in self.shared:
+            if operands[index] is not self._read(index):
+                self.store(index, operands[index])
+
     def bind(self, *operands: Any) -> Any:
-        """The original operation on other operands."""
+        """The original operation on other operands, which are stored."""
+        self._store_changed(operands)
         return _run(self.eqn, operands)
 
     def bind_highest(self, *operands: Any) -> Any:
         """The same at `highest` matmul precision, where the model leaves the precision open."""
+        self._store_changed(operands)
         return _run(_with_precision(self.eqn, float32=False), operands)
 
     def bind_float32(self, *operands: Any) -> Any:
-        """The operation on float32 operands, accumulated and returned in float32."""
+        """The operation on any float32 operands, accumulated and returned in float32.
+
+        Nothing is stored.
+        """
         return _run(_with_precision(self.eqn, float32=True), operands)
 
     def bind_wide(self, *operands: Any) -> Any:
         """The operation in float32 on operands of any float dtype, in the model's own dtype.
 
-        What an integer site does: exact products, one rounding at the end.
+        What an integer site does: exact products, one rounding at the end. Operands are stored.
         """
+        self._store_changed(operands)
         floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in operands]
         wide = [x.astype(jnp.float32) if f else x for x, f in zip(operands, floating, strict=True)]
         return self.bind_float32(*wide).astype(compat.abstract(self.eqn.outvars[0]).dtype)
@@ -212,6 +244,7 @@ def _with_precision(eqn: compat.JaxprEqn, *, float32: bool) -> compat.JaxprEqn:
 
 
 Handler = Callable[[SiteCall], tuple[Any, Any]]
+Operation = Callable[[compat.JaxprEqn, Sequence[Any]], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -227,6 +260,8 @@ class Scope:
       steps: per site name, a pytree whose leaves lead with all of the site's loops, as records do.
       absent: value of a record in a `cond` branch that does not hold the site, given the
         record's shape and dtype.
+      shares: whether later readers of a site's operand read what the site makes of it.
+      operations: other ways to run equations that are no sites, by primitive.
     """
 
     handler: Handler
@@ -236,6 +271,8 @@ class Scope:
     state: Mapping[str, Any]
     steps: Mapping[str, Any]
     absent: Callable[[jax.ShapeDtypeStruct], Any]
+    shares: bool = False
+    operations: Mapping[str, Operation] = field(default_factory=dict)
 
 
 def run(program: Program, args: Sequence[Any], scope: Scope) -> tuple[list[Any], Records]:
@@ -250,22 +287,35 @@ def run(program: Program, args: Sequence[Any], scope: Scope) -> tuple[list[Any],
       The values of `program.outputs` and the handler's records by site name.
     """
     env = dict(zip(program.inputs, args, strict=True))
+    stored: dict[Any, Any] = {}
+    pooled: dict[Any, Pooled] = {}
     records: Records = {}
 
-    def read(atom: Any) -> Any:
+    def own(atom: Any) -> Any:
         if isinstance(atom, compat.Literal):
             return compat.literal_value(atom)
         if atom in env:
             return env[atom]
         return scope.frame.force(program.known[atom])
 
+    def read(atom: Any) -> Any:
+        is_stored = not isinstance(atom, compat.Literal) and atom in stored
+        return stored[atom] if is_stored else own(atom)
+
     for step in program.steps:
         if isinstance(step, Bind):
             outvars = step.eqn.outvars
-            results = compat.bind(step.eqn, _bind_inputs(step.eqn, read))
+            inputs = _bind_inputs(step.eqn, read)
+            if is_max_pool(step):
+                pooled[outvars[0]] = Pooled(step.eqn, inputs[0])
+            bind = scope.operations.get(step.eqn.primitive.name, compat.bind)
+            results = bind(step.eqn, inputs)
         elif isinstance(step, SiteStep):
             outvars = step.eqn.outvars
-            result, record = _run_site(step, read, scope)
+            shared = program.reads.shared.get(step.index, frozenset()) if scope.shares else ()
+            pools = program.reads.pools(scope.shares)
+            values = _Values(own, stored, {v: p for v, p in pooled.items() if v in pools})
+            result, record = _run_site(step, frozenset(shared), values, scope)
             results = [result]
             if record is not None:
                 records[scope.sites[step.index].name] = record
@@ -281,16 +331,28 @@ def _bind_inputs(eqn: compat.JaxprEqn, read: Callable[[Any], Any]) -> list[Any]:
     return [None if isinstance(v, compat.Literal) else read(v) for v in eqn.invars]
 
 
-def _run_site(step: SiteStep, read: Callable[[Any], Any], scope: Scope) -> tuple[Any, Any]:
-    site = scope.sites[step.index]
-    weight = scope.weights.get(site.weight.name) if site.weight else None
+class _Values(NamedTuple):
+    """What sites read and write, by variable."""
+
+    read: Callable[[Any], Any]
+    stored: dict[Any, Any]
+    pooled: Mapping[Any, Pooled]
+
+
+def _run_site(
+    step: SiteStep, shared: frozenset[int], values: _Values, scope: Scope
+) -> tuple[Any, Any]:
+    site, atoms = scope.sites[step.index], step.eqn.invars
     call = SiteCall(
         site=site,
         eqn=step.eqn,
-        weight=weight,
+        weight=scope.weights.get(site.weight.name) if site.weight else None,
         state=scope.state.get(site.name),
         step=scope.steps.get(site.name),
-        _read=lambda i: read(step.eqn.invars[i]),
+        shared=shared,
+        _read=lambda i: values.read(atoms[i]),
+        _store=lambda i, value: values.stored.update({atoms[i]: value}),
+        _pooled=lambda i: values.pooled.get(atoms[i]),
         _frame=scope.frame,
     )
     return scope.handler(call)

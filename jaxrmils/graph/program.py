@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from jaxrmils.graph import compat
 from jaxrmils.graph.expression import Expression
+from jaxrmils.graph.reads import MAX_POOL, Reads, find_reads
 from jaxrmils.graph.sites import Loop
 
 CallKind = Literal["inline", "remat", "scan", "cond"]
@@ -81,3 +83,28 @@ class Program:
     outputs: tuple[Any, ...]
     known: Mapping[Any, Expression]
     site_indices: tuple[int, ...]
+
+    @cached_property
+    def reads(self) -> Reads:
+        """Who reads which value."""
+        steps = []
+        for step in self.steps:
+            if isinstance(step, SiteStep):
+                steps.append((step.index, step.eqn.invars))
+            elif isinstance(step, Bind):
+                steps.append((None, step.eqn.invars))
+            else:
+                steps.append((None, _read_by(step)))
+        pooled = [s.eqn.outvars[0] for s in self.steps if isinstance(s, Bind) and is_max_pool(s)]
+        return find_reads(steps, self.outputs, self.known, pooled)
+
+
+def is_max_pool(step: Bind) -> bool:
+    """True for a maximum over windows."""
+    return step.eqn.primitive.name == MAX_POOL
+
+
+def _read_by(call: Call) -> list[Any]:
+    """All outer variables that a call reads; a `cond` also its index."""
+    atoms = [atom for arguments in call.arguments for atom in arguments]
+    return [*call.eqn.invars[:1], *atoms] if call.kind == "cond" else atoms

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,13 @@ from jaxrmils.graph import compat, naming
 from jaxrmils.graph.builder import Traced, TraceError, build
 from jaxrmils.graph.checks import check_apply, check_finite
 from jaxrmils.graph.expression import evaluate
-from jaxrmils.graph.interpreter import Frame, Handler, Records, Scope, run
+from jaxrmils.graph.interpreter import Frame, Handler, Operation, Records, Scope, run
+from jaxrmils.graph.program import Call
 from jaxrmils.graph.sites import Coverage, Site, Weight
 
 Apply = Callable[[Any, Any], Any]
+Shortcuts = Literal["float", "codes"]
+SHORTCUTS: tuple[Shortcuts, ...] = ("float", "codes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,7 @@ class Graph:
       params: shapes and dtypes of the parameters.
       leaf_names: a readable name for every parameter leaf, in flattening order.
       traced: the program, for one example.
+      shortcuts: "float" or "codes", see `trace`.
     """
 
     apply: Apply
@@ -39,6 +43,7 @@ class Graph:
     params: Any
     leaf_names: tuple[str, ...]
     traced: Traced
+    shortcuts: Shortcuts = "float"
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -66,6 +71,16 @@ class Graph:
         return self.traced.eqns[names.index(site)].params["dimension_numbers"]
 
     @cached_property
+    def shortcut_sites(self) -> tuple[str, ...]:
+        """The sites whose input something else reads after them, such as a shortcut."""
+        found, programs = set(), [self.traced.program]
+        while programs:
+            program = programs.pop()
+            found |= set(program.reads.shared)
+            programs += [p for s in program.steps if isinstance(s, Call) for p in s.programs]
+        return tuple(site.name for i, site in enumerate(self.sites) if i in found)
+
+    @cached_property
     def layers(self) -> Mapping[str, tuple[Site, ...]]:
         """The decisions to take: sites that share a weight belong to one layer."""
         layers: dict[str, tuple[Site, ...]] = {}
@@ -91,6 +106,8 @@ class Graph:
                 ],
             )
         )
+        if self.shortcuts != "float":
+            text += f", shortcuts {self.shortcuts}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def weight_values(self, params: Any) -> dict[str, Any]:
@@ -99,7 +116,7 @@ class Graph:
         return {n: jnp.asarray(evaluate(e, leaves)) for n, e in self.traced.expressions.items()}
 
 
-def trace(apply: Apply, params: Any, inputs: Any) -> Graph:
+def trace(apply: Apply, params: Any, inputs: Any, *, shortcuts: Shortcuts = "float") -> Graph:
     """Finds every dot, convolution and embedding lookup of a model.
 
     Args:
@@ -109,6 +126,11 @@ def trace(apply: Apply, params: Any, inputs: Any) -> Graph:
         other collections such as batch statistics included.
       inputs: pytree of arrays (or `jax.ShapeDtypeStruct`) with a leading batch axis. Concrete
         inputs with two or more examples are also used to check that examples do not mix.
+      shortcuts: what is read by operations that share an input with a site and come after it,
+        such as the addition at the end of a residual block: "float", the value itself, or "codes",
+        what the first site to read it makes of it. With "codes" a quantized activation is kept in
+        int8 alone, which is faster, and its noise goes both ways. Scores, plans and models are of
+        one or the other.
 
     Returns:
       The graph, traced for a single example.
@@ -116,12 +138,15 @@ def trace(apply: Apply, params: Any, inputs: Any) -> Graph:
     Raises:
       TraceError: params do not fit apply, apply has no per-example output, draws random numbers
         or mixes examples; params or inputs hold NaN or inf.
+      ValueError: unknown `shortcuts`.
 
     >>> import jax.numpy as jnp
     >>> graph = trace(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((4, 3)))
     >>> [site.name for site in graph.sites]
     ['w']
     """
+    if shortcuts not in SHORTCUTS:
+        raise ValueError(f"shortcuts is {shortcuts!r}; expected one of {', '.join(SHORTCUTS)}")
     check_finite(params, "params", naming.leaf_names(params))
     check_finite(inputs, "inputs", naming.leaf_names(inputs))
     example = one_example(inputs)
@@ -133,6 +158,7 @@ def trace(apply: Apply, params: Any, inputs: Any) -> Graph:
         params=structs,
         leaf_names=naming.leaf_names(params),
         traced=trace_at(apply, structs, example),
+        shortcuts=shortcuts,
     )
     return graph
 
@@ -182,6 +208,7 @@ def interpret(
     state: Mapping[str, Any] | None = None,
     steps: Mapping[str, Any] | None = None,
     absent: Callable[[jax.ShapeDtypeStruct], Any] | None = None,
+    operations: Mapping[str, Operation] | None = None,
 ) -> tuple[Any, Records]:
     """Runs the model with a handler at its sites, at any batch size.
 
@@ -194,6 +221,7 @@ def interpret(
       state: per site name, what the handler finds as `call.state`.
       steps: per site name, what the handler finds as `call.step`; leaves lead with all loops.
       absent: see `Scope.absent`.
+      operations: other ways to run operations that are no sites, by the primitive's name.
 
     Returns:
       The outputs of `apply` and the records by site name.
@@ -210,6 +238,8 @@ def interpret(
         state=state or {},
         steps=steps or {},
         absent=absent or (lambda struct: jnp.zeros(struct.shape, struct.dtype)),
+        shares=graph.shortcuts == "codes",
+        operations=operations or {},
     )
     outs, records = run(traced.program, jax.tree.leaves(inputs), scope)
     return jax.tree.unflatten(structure, outs), records

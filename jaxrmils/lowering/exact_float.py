@@ -14,9 +14,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, Int32
 
-from jaxrmils.lowering.integer_dot import check_accumulator
+from jaxrmils.lowering.integer_dot import FLOAT32_EXACT, check_accumulator
 
-FLOAT32_EXACT = 2**24
 BASE = 16
 
 

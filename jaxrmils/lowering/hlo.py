@@ -27,11 +27,14 @@ from jaxrmils.policies.formats import FLOAT_BITS
 
 CODES = ("s8", "u8", "s4", "u4")
 PRODUCTS = ("dot", "convolution")
+EXACT_FLOAT = "float32 dot of codes"
+"""An operation of codes less their zero points in float32, whose sums are exact."""
 # What keeps codes codes: moves, widening and the shifts that unpack int4.
 _SHAPES = ("bitcast", "broadcast", "concatenate", "pad", "reshape", "reverse", "transpose")
 _PICKS = ("dynamic-slice", "gather", "select", "slice")
 _WIDENINGS = ("bitcast-convert", "convert", "shift-left", "shift-right-arithmetic")
 _MOVES = frozenset((*_SHAPES, *_PICKS, *_WIDENINGS, "copy", "opt-barrier"))
+_SHIFTS = frozenset((*_SHAPES, *_PICKS, "convert", "copy", "subtract", "add", "opt-barrier"))
 
 
 def integer_sites(compiled_text: str) -> dict[str, set[str]]:
@@ -39,7 +42,8 @@ def integer_sites(compiled_text: str) -> dict[str, set[str]]:
 
     An operation counts if its result is int32 and both operands are integer codes, or int32 that
     was widened from them: "dot", "convolution", or "multiply" (a tap of a depthwise convolution, or
-    what XLA makes of a dot that sums one product).
+    what XLA makes of a dot that sums one product). A float32 dot of two operands that are codes,
+    converted and less a zero point, is `EXACT_FLOAT`.
 
     Args:
       compiled_text: `jax.jit(...).lower(...).compile().as_text()`.
@@ -63,6 +67,10 @@ def integer_sites(compiled_text: str) -> dict[str, set[str]]:
             operands = list(text.operands(instruction))
             if len(operands) == 2 and all(_is_code(text, each, set()) for each in operands):
                 found.setdefault(site_of(text, instruction), set()).add(instruction.opcode)
+        if instruction.dtype == "f32" and instruction.opcode == "dot":
+            operands = list(text.operands(instruction))
+            if len(operands) == 2 and all(_is_shifted(text, each, set()) for each in operands):
+                found.setdefault(site_of(text, instruction), set()).add(EXACT_FLOAT)
     return found
 
 
@@ -88,7 +96,8 @@ def check_integer_sites(model: QuantizedModel, inputs: Any) -> dict[str, set[str
       The kinds of integer operation of every site with quantized activations.
 
     Raises:
-      LoweringError: a planned site holds no integer operation; the message names the sites.
+      LoweringError: a planned site holds neither an integer operation nor a `EXACT_FLOAT` one; the
+        message names the sites.
     """
     found, planned = compiled_integer_sites(model, inputs), planned_sites(model.graph, model.plan)
     missing = [name for name in planned if name not in found]
@@ -128,6 +137,21 @@ def _is_code(text: Text, instruction: Instruction, seen: set[Instruction]) -> bo
     ):
         return False
     return any(_is_code(text, source, seen) for source in text.sources(instruction))
+
+
+def _is_shifted(text: Text, instruction: Instruction, seen: set[Instruction]) -> bool:
+    """Whether a float32 value is codes, converted and less a zero point, and nothing else."""
+    if instruction.dtype in CODES:
+        return True
+    if instruction in seen:
+        return False
+    seen.add(instruction)
+    calls = ("parameter", "get-tuple-element", "fusion", "call")
+    if instruction.opcode not in calls and (
+        instruction.opcode not in _SHIFTS or instruction.dtype not in ("f32", "s32")
+    ):
+        return False
+    return any(_is_shifted(text, source, seen) for source in text.sources(instruction))
 
 
 def site_of(text: Text, instruction: Instruction) -> str:

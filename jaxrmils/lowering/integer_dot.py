@@ -29,6 +29,8 @@ Side = Literal["lhs", "rhs"]
 DotDimensionNumbers = lax.DotDimensionNumbers
 
 INT32_MAX = 2**31 - 1
+FLOAT32_EXACT = 2**24
+"""float32 holds every integer up to this."""
 
 
 def code_bound(bits: int, *, zero_point: bool) -> int:
@@ -147,16 +149,22 @@ def dot_int32(
     (lhs_contracting, _), _ = dimension_numbers
     k = math.prod(lhs.shape[d] for d in lhs_contracting)
     lhs_bits, rhs_bits = code_bits(lhs, lhs_bits), code_bits(rhs, rhs_bits)
-    check_accumulator(
-        k,
-        code_bound(lhs_bits, zero_point=lhs_zero_point is not None),
-        code_bound(rhs_bits, zero_point=rhs_zero_point is not None),
-    )
-    operation = _operation(lhs, rhs, dimension_numbers)
-    by_row = [z is not None and jnp.ndim(z) > 0 for z in (lhs_zero_point, rhs_zero_point)]
+    zero_points = (lhs_zero_point, rhs_zero_point)
+    bounds = [
+        code_bound(bits, zero_point=zero is not None)
+        for bits, zero in zip((lhs_bits, rhs_bits), zero_points, strict=True)
+    ]
+    check_accumulator(k, *bounds)
+    sums = (rhs_sum, lhs_sum)
+    needs_sums = any(z is not None and s is None for z, s in zip(zero_points, sums, strict=True))
+    is_short = needs_sums and k * math.prod(bounds) <= FLOAT32_EXACT
+    operation = _operation(lhs, rhs, dimension_numbers, is_short)
+    by_row = [zero is not None and jnp.ndim(zero) > 0 for zero in zero_points]
     weight, activation = (lhs_bits, rhs_bits) if by_row == [False, True] else (rhs_bits, lhs_bits)
     name = f"w{weight}a{activation}" + "d" * any(by_row)
     formulation = row_of(backend, operation, name).formulation
+    if formulation == "float32 dot of codes":
+        return _float_dot(lhs, rhs, dimension_numbers, zero_points)
     if formulation == "s4 dot":
         lhs, rhs = lhs.astype(jnp.int4), rhs.astype(jnp.int4)
     lhs, rhs = kernel_operands(lhs, rhs, backend)
@@ -194,11 +202,34 @@ def _zero_to_output(
     return _rows_to_output(zero_point.astype(jnp.int32), *layout, side, "zero point")
 
 
-def _operation(lhs: Array, rhs: Array, dimension_numbers: DotDimensionNumbers) -> Operation:
+def _float_dot(
+    lhs: Array,
+    rhs: Array,
+    dimension_numbers: DotDimensionNumbers,
+    zero_points: tuple[Array | None, Array | None],
+) -> Int32[Array, "*out"]:
+    """The dot of codes less their zero points, no sum of which can pass 2^24, in float32."""
+
+    def shifted(codes: Array, zero_point: Array | None) -> Array:
+        values = codes.astype(jnp.float32)
+        return values if zero_point is None else values - zero_point.astype(jnp.float32)
+
+    total = lax.dot_general(
+        shifted(lhs, zero_points[0]),
+        shifted(rhs, zero_points[1]),
+        dimension_numbers,
+        precision=lax.Precision.HIGHEST,
+    )
+    return total.astype(jnp.int32)
+
+
+def _operation(
+    lhs: Array, rhs: Array, dimension_numbers: DotDimensionNumbers, is_short: bool
+) -> Operation:
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
     rows = math.prod(lhs.shape[d] for d in _free(lhs.ndim, lhs_contracting, lhs_batch))
     columns = math.prod(rhs.shape[d] for d in _free(rhs.ndim, rhs_contracting, rhs_batch))
-    return dot_operation(rows, columns, len(lhs_batch))
+    return dot_operation(rows, columns, len(lhs_batch), is_short=is_short)
 
 
 def scalar_zero_point(zero_point: Int32[Array, ""], name: str) -> Int32[Array, ""]:

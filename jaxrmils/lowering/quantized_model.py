@@ -14,9 +14,11 @@ import numpy as np
 
 from jaxrmils.graph import Graph, Site, SiteCall, interpret
 from jaxrmils.graph.expression import evaluate, loops_of
+from jaxrmils.graph.reads import MAX_POOL
 from jaxrmils.graph.table import ModelTable, tabulate
 from jaxrmils.lowering.integer_conv import kernel_sum
 from jaxrmils.lowering.integer_dot import Backend, operand_sum
+from jaxrmils.lowering.max_pool import run_max_pool
 from jaxrmils.lowering.sites import (
     Kernel,
     exact_kernel,
@@ -111,7 +113,10 @@ class QuantizedModel:
             raise ValueError(f"mode {mode!r}; expected 'integer' or 'simulate'")
         kernel = integer_kernel(self.backend) if mode == "integer" else exact_kernel
         roundings = roundings_by_site(self.graph, self.plan)
-        handler = functools.partial(_handler, self.plan, roundings, self._equal_grids, kernel)
+        shifts_pools = self.backend == "cpu"
+        handler = functools.partial(
+            _handler, self.plan, roundings, self._equal_grids, kernel, shifts_pools
+        )
         leaves = [params.leaves.get(name) for name in self.graph.leaf_names]
         return interpret(
             self.graph,
@@ -121,6 +126,7 @@ class QuantizedModel:
             weights=params.weights,
             state=params.grids,
             absent=lambda struct: jnp.zeros(struct.shape, struct.dtype),
+            operations={MAX_POOL: run_max_pool} if shifts_pools else None,
         )
 
     @functools.cached_property
@@ -290,6 +296,7 @@ def _handler(
     roundings: Mapping[str, tuple[Rounding, ...]],
     equal_grids: Mapping[str, tuple[Hashable, ...]],
     kernel: Kernel,
+    shifts_pools: bool,
     call: SiteCall,
 ) -> tuple[Any, Any]:
     site = call.site
@@ -304,7 +311,9 @@ def _handler(
                 bits = (layer.activation_bits,) * len(own)
                 return run_quantized(call, kernel, tensor, sums, bits, own)
             keys = tuple(zip(equal_grids[site.name], own, strict=True))
-            return run_quantized(call, kernel, tensor, sums, call.state, own, keys)
+            return run_quantized(
+                call, kernel, tensor, sums, call.state, own, keys, shifts_pools=shifts_pools
+            )
         if layer.weight_bits < FLOAT_BITS:
             return run_weight_only(call, call.weight.tensor), None
         return call.bind(*call.operands()), None

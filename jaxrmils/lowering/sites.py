@@ -6,7 +6,6 @@ same int32 bit for bit (`exact_kernel`), which is what the simulation is made of
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Hashable
 from typing import Any, Protocol
@@ -18,7 +17,9 @@ from jaxrmils.graph import SiteCall, compat
 from jaxrmils.lowering.exact_float import exact_bilinear
 from jaxrmils.lowering.integer_conv import conv_int32, conv_output_scale
 from jaxrmils.lowering.integer_dot import Backend, code_bound, dot_int32, output_scale
-from jaxrmils.numerics import QTensor, QuantParams, Rounding, quantize, row_params
+from jaxrmils.lowering.max_pool import can_shift, shifted_max_pool
+from jaxrmils.numerics import QTensor, QuantParams, Rounding, dequantize, quantize, row_params
+from jaxrmils.numerics.formats import code_range
 
 
 class LoweringError(ValueError):
@@ -123,6 +124,8 @@ def run_quantized(
     grids: tuple[QuantParams | int, ...],
     roundings: tuple[Rounding, ...],
     keys: tuple[Hashable, ...] | None = None,
+    *,
+    shifts_pools: bool = False,
 ) -> tuple[Any, list[Any]]:
     """A site with every operand in integers.
 
@@ -136,6 +139,7 @@ def run_quantized(
       roundings: their rounding directions.
       keys: equal for operands with the same grid and rounding: where they are the same value, it is
         quantized once (the input of Q, K and V, or of a block and its shortcut). None for no two.
+      shifts_pools: where an operand comes from max-pooling, quantize first and pool codes.
 
     Returns:
       The result in the model's dtype, and the activations' codes.
@@ -151,9 +155,10 @@ def run_quantized(
         if isinstance(grid, int):
             codes[index], params[index] = _rows(call, index, grid, rounding)
         else:
-            quantized = functools.partial(quantize, qp=grid, rounding=rounding)
-            codes[index] = call.once(index, key, quantized)
+            codes[index] = _codes(call, index, key, grid, rounding, shifts_pools)
             params[index] = grid
+        if index in call.shared:
+            call.store(index, dequantize(codes[index], params[index]))
         activation_codes.append(codes[index])
     if weight is not None:
         assert call.site.weight is not None
@@ -168,6 +173,26 @@ def run_quantized(
     scale = _output_scale(call, params[0].scale, params[1].scale)
     dtype = compat.abstract(call.eqn.outvars[0]).dtype
     return (total.astype(jnp.float32) * scale).astype(dtype), activation_codes
+
+
+def _codes(
+    call: SiteCall,
+    index: int,
+    key: Hashable,
+    grid: QuantParams,
+    rounding: Rounding,
+    shifts_pools: bool,
+) -> Any:
+    """The codes of an operand on one grid."""
+    pooled = call.pooled(index) if shifts_pools else None
+    if pooled is None or not can_shift(pooled.eqn):
+        return call.once(index, key, lambda x: quantize(x, grid, rounding))
+    lowest = code_range(grid.bits, grid.symmetric)[0]
+
+    def make(_: Any) -> Any:
+        return shifted_max_pool(quantize(pooled.operand, grid, rounding), pooled.eqn, lowest)
+
+    return call.once(index, key, make)
 
 
 def _rows(call: SiteCall, index: int, bits: int, rounding: Rounding) -> tuple[Any, QuantParams]:

@@ -21,6 +21,7 @@ Operation = Literal[
     "one row",
     "one column",
     "batched dot",
+    "short batched dot",
     "conv",
     "stem",
     "depthwise",
@@ -32,6 +33,7 @@ Formulation = Literal[
     "s8 dot, two rows",
     "s8 dot, two columns",
     "s4 dot",
+    "float32 dot of codes",
     "s8 conv",
     "s8 conv, pixels as channels",
     "s8 conv, block-diagonal",
@@ -75,12 +77,19 @@ WEIGHTS = ("w8", "w4")
 GROUPED = ("w4g32", "w4g64", "w4g128")
 DYNAMIC = ("w8a8d", "w4a8d", "a8d")
 """A grid for every row of the activations; "a8d" for every row of both."""
-_DOTS: tuple[Operation, ...] = ("dot", "one row", "one column", "batched dot")
+_DOTS: tuple[Operation, ...] = (
+    "dot",
+    "one row",
+    "one column",
+    "batched dot",
+    "short batched dot",
+)
 _DOT_FORMULATIONS: tuple[tuple[Operation, Formulation], ...] = (
     ("dot", "s8 dot"),
     ("one row", "s8 dot, two rows"),
     ("one column", "s8 dot, two columns"),
     ("batched dot", "s8 dot"),
+    ("short batched dot", "float32 dot of codes"),
 )
 _CONVS: tuple[Operation, ...] = ("conv", "stem", "depthwise", "grouped")
 
@@ -118,8 +127,18 @@ TABLE: tuple[Row, ...] = (
         DOTS,
         "s8 dot",
         "1.6 to 2.3 times; from float32 operands 0.3 to 0.5 times",
-        "batched int8 kernels, but both operands are quantized and summed in every call: a BERT "
-        "base layer, 8 x 128 tokens in w8a8, takes a tenth less time with these products in float",
+        "batched int8 kernels, but both operands are quantized in every call, and summed for "
+        "zero points",
+    ),
+    Row(
+        "cpu",
+        "short batched dot",
+        DOTS,
+        "float32 dot of codes",
+        "from float32 operands 0.4 to 0.5 times",
+        "zero points need sums of both operands in every call, which cost more than int8 products "
+        "gain (a tenth of BERT-base's time). No sum of so few codes passes 2^24, so that float32 "
+        "is exact",
     ),
     *(
         Row(
@@ -133,7 +152,7 @@ TABLE: tuple[Row, ...] = (
             "layer a fifth",
         )
         for operation, formulation in _DOT_FORMULATIONS
-        if operation != "batched dot"
+        if operation not in ("batched dot", "short batched dot")
     ),
     Row(
         "cpu",
@@ -141,8 +160,15 @@ TABLE: tuple[Row, ...] = (
         DYNAMIC,
         "s8 dot",
         "from float32 operands 0.3 times",
-        "passes for the ranges of both operands' rows come first: a BERT base layer, 8 x 128 "
-        "tokens in w8a8d, takes a quarter less time with these products in float",
+        "passes for the ranges of both operands' rows come first",
+    ),
+    Row(
+        "cpu",
+        "short batched dot",
+        DYNAMIC,
+        "float32 dot of codes",
+        "from float32 operands 0.25 times",
+        "the same passes, then as w8a8",
     ),
     Row(
         "cpu",
@@ -208,6 +234,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row("cuda", "one column", DOTS, "s8 dot", "tensor cores", "as any dot"),
     Row("cuda", "batched dot", DOTS, "s8 dot", "tensor cores", "as any dot, batched"),
+    Row("cuda", "short batched dot", DOTS, "s8 dot", "tensor cores", "as any dot, batched"),
     *(
         Row(
             "cuda",
@@ -354,19 +381,21 @@ def remarks_on_layers(kinds: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def dot_operation(rows: Any, columns: Any, batch_dims: int) -> Operation:
+def dot_operation(rows: Any, columns: Any, batch_dims: int, *, is_short: bool = False) -> Operation:
     """The kind of a dot.
 
     Args:
       rows: product of the left operand's free dims; may be symbolic.
       columns: of the right operand's.
       batch_dims: how many dims are batched.
+      is_short: whether zero points need sums at run time, and no sum of codes less zero points
+        can pass 2^24 (of 8 bits on both sides: up to 258 products).
 
     >>> dot_operation(1, 10, 0), dot_operation(128, 128, 1)
     ('one row', 'batched dot')
     """
     if batch_dims:
-        return "batched dot"
+        return "short batched dot" if is_short else "batched dot"
     return "one row" if rows == 1 else "one column" if columns == 1 else "dot"
 
 

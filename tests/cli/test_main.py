@@ -151,6 +151,30 @@ def test_inspect_lists_layers_and_coverage(folder, capsys):
     assert len(json.loads(capsys.readouterr().out)["layers"]) == 2
 
 
+def test_shortcuts_that_read_codes(folder, capsys):
+    options = ["--config", f"{folder}/config.py", "--config.task=tiny_task.py:residual"]
+    codes = [*options, "--config.shortcuts=codes"]
+    assert main(["inspect", *options]) == OK
+    assert (
+        "Shortcuts  1 of 3 inputs are read again behind their layer, in float"
+        in capsys.readouterr().out
+    )
+    assert main(["inspect", *codes, "--json"]) == OK
+    found = json.loads(capsys.readouterr().out)["shortcuts"]
+    assert found == {"read": "codes", "sites": ["Dense_1/kernel"]}
+    run = folder / "codes"
+    fast = [f"--config.verify.{each}=False" for each in ("layers", "attribute", "controls")]
+    uniform = ["--config.policy.name=uniform", "--out", str(run), "--quiet"]
+    assert main(["quantize", *codes, *uniform, *fast]) == OK
+    report = json.loads((run / "report.json").read_text())
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--json"]) == OK
+    again = json.loads(capsys.readouterr().out)["change"]["mean"]
+    assert again == pytest.approx(report["test"]["mean"], abs=1e-7)
+    assert main(["inspect", *options, "--config.shortcuts=code"]) == USAGE
+    assert "config field shortcuts is 'code'; did you mean 'codes'?" in capsys.readouterr().err
+
+
 def test_evaluate_repeats_the_report(run, capsys):
     assert main(["evaluate", str(run), "--json"]) == OK
     data = json.loads(capsys.readouterr().out)

@@ -19,15 +19,28 @@ class Net(nn.Module):
         return nn.Dense(5)(x)
 
 
-def build(config, progress):
+def build(config, progress, net=None):
+    net = net or Net()
     rng = np.random.default_rng(config.seed)
     inputs = rng.normal(size=(400, 12)).astype(np.float32)
-    variables = Net().init(jax.random.key(config.seed), jnp.zeros((1, 12)))
-    apply, params = from_linen(Net(), variables)
+    variables = net.init(jax.random.key(config.seed), jnp.zeros((1, 12)))
+    apply, params = from_linen(net, variables)
     labels = np.asarray(jnp.argmax(apply(params, inputs), axis=-1), np.int32)
     splits = make_splits(400, ranges=60, selection=100, confirmation=60, test=150, seed=config.seed)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     return Task("tiny", apply, params, shapes, cross_entropy, Dataset(inputs, labels), splits)
+
+
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.Dense(16)(x))
+        h = h + nn.Dense(16)(h)
+        return nn.Dense(5)(h)
+
+
+def residual(config, progress):
+    return build(config, progress, Residual())
 
 
 def judged(config, progress):

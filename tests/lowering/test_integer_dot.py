@@ -249,3 +249,22 @@ def test_matches_dot_general_layout():
     dimension_numbers = (((3,), (0,)), ((0,), (2,)))
     plain = lax.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=jnp.int32)
     assert_exact(dot_int32(lhs, rhs, dimension_numbers), np.asarray(plain))
+
+
+@pytest.mark.parametrize(("k", "kind"), [(258, "f32"), (259, "s32")])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_short_batched_dots_on_cpu_are_float32_up_to_the_last_exact_sum(k, kind, sign):
+    lhs = jnp.full((2, 3, k), 127, jnp.int8)
+    rhs = jnp.full((2, k, 4), 127 if sign > 0 else -128, jnp.int8)
+    numbers = (((2,), (1,)), ((0,), (0,)))
+    zeros = (np.int32(-128), np.int32(-128 if sign > 0 else 127))
+
+    def dot(lhs, rhs):
+        points = {"lhs_zero_point": zeros[0], "rhs_zero_point": zeros[1]}
+        return dot_int32(lhs, rhs, numbers, **points)
+
+    assert_exact(dot(lhs, rhs), reference(lhs, rhs, numbers, *zeros))
+    (product,) = (
+        e for e in jax.make_jaxpr(dot)(lhs, rhs).eqns if "dot_general" in str(e.primitive)
+    )
+    assert product.outvars[0].aval.dtype == {"f32": jnp.float32, "s32": jnp.int32}[kind]

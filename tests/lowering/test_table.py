@@ -21,7 +21,9 @@ from jaxrmils.lowering.table import (
 )
 
 FORMATS = {
-    **dict.fromkeys(("dot", "one row", "one column", "batched dot"), (*DOTS, *DYNAMIC)),
+    **dict.fromkeys(
+        ("dot", "one row", "one column", "batched dot", "short batched dot"), (*DOTS, *DYNAMIC)
+    ),
     **dict.fromkeys(("conv", "stem", "depthwise", "grouped"), INTEGER),
     "weights only": (*WEIGHTS, *GROUPED),
 }

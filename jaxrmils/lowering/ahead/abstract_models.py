@@ -96,7 +96,8 @@ def float_graph(graph: Graph, dtype: Any) -> Graph:
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
         return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype) if is_float else x.dtype)
 
-    return trace(graph.apply, jax.tree.map(cast, graph.params), jax.tree.map(cast, graph.example))
+    params, inputs = jax.tree.map(cast, graph.params), jax.tree.map(cast, graph.example)
+    return trace(graph.apply, params, inputs, shortcuts=graph.shortcuts)
 
 
 def labelled_apply(graph: Graph) -> Callable[[Any, Any], Any]:
