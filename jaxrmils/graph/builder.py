@@ -56,6 +56,7 @@ class Traced:
       expressions: the weights' root expressions, by name.
       coverage: what became of every dot and convolution.
       float_leaves: parameter leaves that something other than a site reads.
+      structure: the tree that the program's outputs are the leaves of.
     """
 
     program: Program
@@ -65,10 +66,14 @@ class Traced:
     expressions: dict[str, Expression]
     coverage: Coverage
     float_leaves: frozenset[int]
+    structure: Any
 
 
 def build(
-    closed: compat.ClosedJaxpr, leaf_names: Sequence[str], leaves: Sequence[jax.ShapeDtypeStruct]
+    closed: compat.ClosedJaxpr,
+    leaf_names: Sequence[str],
+    leaves: Sequence[jax.ShapeDtypeStruct],
+    structure: Any,
 ) -> Traced:
     """Reads a jaxpr whose first inputs are the parameter leaves.
 
@@ -76,6 +81,7 @@ def build(
       closed: the jaxpr of `apply(params, inputs)`, flattened.
       leaf_names: a name for every parameter leaf.
       leaves: their shapes and dtypes.
+      structure: of the outputs, before they were flattened.
 
     Raises:
       TraceError: if the function draws random numbers.
@@ -94,6 +100,7 @@ def build(
         expressions=expressions,
         coverage=Coverage(name_entries(builder.entries, builder.raw, sites)),
         float_leaves=frozenset(builder.float_leaves),
+        structure=structure,
     )
 
 

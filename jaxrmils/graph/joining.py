@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxrmils.graph import compat, naming
 from jaxrmils.graph.equations import uncontracted_axes
-from jaxrmils.graph.expression import Expression, evaluate, leaf_indices, loops_of, signature
+from jaxrmils.graph.expression import (
+    Expression,
+    Leaf,
+    evaluate,
+    leaf_indices,
+    loops_of,
+    signature,
+)
 from jaxrmils.graph.sites import CoverageEntry, Kind, Loop, Operand, Site, Weight, WeightUse
 
 
@@ -89,7 +97,7 @@ def _weight(
     sites: Sequence[Site],
     leaves: Sequence[jax.ShapeDtypeStruct],
 ) -> Weight:
-    struct = jax.eval_shape(lambda values: jnp.asarray(evaluate(expression, values)), list(leaves))
+    struct = _struct(expression, leaves)
     depth = len(loops_of(expression))
     uses = [i for i, s in enumerate(sites) if s.weight and s.weight.name == name]
     channels = set.intersection(*(_channels(raw_sites[i]) for i in uses))
@@ -101,6 +109,18 @@ def _weight(
         channel_axes=(*range(depth), *(depth + a for a in sorted(channels))),
         uses=tuple(sites[i].name for i in uses),
     )
+
+
+def _struct(expression: Expression, leaves: Sequence[jax.ShapeDtypeStruct]) -> Any:
+    """Shape and dtype of an expression's value, a leading axis for every loop."""
+    if isinstance(expression, Leaf):
+        return leaves[expression.index]
+    read = {i: leaves[i] for i in leaf_indices(expression)}
+
+    def value(read: dict[int, Any]) -> Any:
+        return jnp.asarray(evaluate(expression, [read.get(i) for i in range(len(leaves))]))
+
+    return jax.eval_shape(value, read)
 
 
 def _channels(raw: RawSite) -> set[int]:

@@ -193,9 +193,9 @@ def one_example(inputs: Any) -> Any:
 
 def trace_at(apply: Apply, params: Any, inputs: Any) -> Traced:
     """Reads the program of `apply` at the shapes of these inputs."""
-    closed = jax.make_jaxpr(lambda p, x: jax.tree.leaves(apply(p, x)))(params, inputs)
+    closed, outputs = jax.make_jaxpr(apply, return_shape=True)(params, inputs)
     leaves = [compat.abstract(leaf) for leaf in jax.tree.leaves(params)]
-    return build(closed, naming.leaf_names(params), leaves)
+    return build(closed, naming.leaf_names(params), leaves, jax.tree.structure(outputs))
 
 
 def interpret(
@@ -229,7 +229,7 @@ def interpret(
     Raises:
       TraceError: inputs do not look like the traced ones, or the sites change with the batch size.
     """
-    traced, structure = _traced_for(graph, inputs)
+    traced = _traced_for(graph, inputs)
     scope = Scope(
         handler=handler,
         sites=traced.sites,
@@ -242,10 +242,10 @@ def interpret(
         operations=operations or {},
     )
     outs, records = run(traced.program, jax.tree.leaves(inputs), scope)
-    return jax.tree.unflatten(structure, outs), records
+    return jax.tree.unflatten(traced.structure, outs), records
 
 
-def _traced_for(graph: Graph, inputs: Any) -> tuple[Traced, Any]:
+def _traced_for(graph: Graph, inputs: Any) -> Traced:
     """The program at the inputs' shapes, checked to have the graph's sites."""
     structs = jax.tree.map(compat.abstract, inputs)
     expected = jax.tree.structure(graph.example)
@@ -254,9 +254,8 @@ def _traced_for(graph: Graph, inputs: Any) -> tuple[Traced, Any]:
             f"inputs have the structure {jax.tree.structure(structs)}; the model was traced "
             f"with {expected}"
         )
-    structure = jax.tree.structure(jax.eval_shape(graph.apply, graph.params, structs))
     if structs == graph.example:
-        return graph.traced, structure
+        return graph.traced
     traced = trace_at(graph.apply, graph.params, structs)
     found, wanted = [s.name for s in traced.sites], [s.name for s in graph.sites]
     if found != wanted:
@@ -265,4 +264,4 @@ def _traced_for(graph: Graph, inputs: Any) -> tuple[Traced, Any]:
             "the model has other sites at this input shape than at the traced one; they differ in "
             f"{difference}. Trace it again with inputs like these."
         )
-    return traced, structure
+    return traced
