@@ -40,19 +40,20 @@ from speed_models import BATCHES, NETWORKS, Workload, workload
 import jaxrmils as jr
 
 FLOAT, DEPTHWISE, INT8, INT4 = "float", "depthwise", "w8a8", "w4a8"
-CODES = "codes"
+CODES, DYNAMIC = "codes", "w8a8d"
 QWIX, QWIX_STATIC, ONNX = "qwix", "qwix static", "onnxruntime"
 TITLES = {
     FLOAT: "XLA float32",
     DEPTHWISE: "float32, depthwise as shifted products",
     INT8: "jaxrmils w8a8",
     CODES: "jaxrmils w8a8, shortcuts in codes",
+    DYNAMIC: "jaxrmils w8a8d",
     INT4: "jaxrmils w4a8",
     QWIX: "qwix w8a8",
     QWIX_STATIC: "qwix w8a8, static ranges",
     ONNX: "onnxruntime int8",
 }
-AGAINST = (DEPTHWISE, CODES, QWIX, ONNX)
+AGAINST = (DEPTHWISE, CODES, DYNAMIC, QWIX, ONNX)
 CALIBRATION_BATCH = 2
 SLOW_ROUNDS = 3
 
@@ -93,6 +94,8 @@ def quantized(work: Workload, against: frozenset[str]) -> dict[str, tuple[Any, A
     graph = jr.trace(work.apply, work.variables, work.make_inputs(1))
     ranges = jr.calibrate(graph, work.variables, [example])
     formats = {INT8: "w8a8", INT4: "w4a8"}
+    if DYNAMIC in against and work.is_bert:
+        formats[DYNAMIC] = "w8a8d"
     if DEPTHWISE in against and has_depthwise(work):
         formats[DEPTHWISE] = "float"
     models = {
@@ -395,7 +398,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slow", type=float, default=2.0, help="seconds of a slow run (2)")
     parser.add_argument(
         "--against", type=listed, default=AGAINST,
-        help="any of float,depthwise,qwix,onnxruntime (all); float is always there",
+        help="any of depthwise,codes,w8a8d,qwix,onnxruntime (all); float is always there",
     )  # fmt: skip
     parser.add_argument("--weights", type=Path, help="a checkpoint, with one model (random)")
     parser.add_argument("--calls", type=int, default=2000, help="calls for the overhead (2000)")
