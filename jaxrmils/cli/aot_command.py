@@ -212,7 +212,7 @@ def _model(args: argparse.Namespace) -> tuple[str, Graph, Plan, bool, tuple[str,
     else:
         config = load_config(args.config, args.overrides)
         task = pipeline.make_task(config, args.config, silent if args.quiet else bars)
-        graph = pipeline.trace_task(task, config.shortcuts)
+        graph = pipeline.trace_task(task, pipeline.shortcuts_of(config))
         plan, symmetric = None, config.ranges.symmetric
     if args.plan:
         table = tabulate(graph)

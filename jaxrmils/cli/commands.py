@@ -159,7 +159,7 @@ def inspect(args: argparse.Namespace) -> Outcome:
     """Layers and coverage of a model."""
     config = load_config(args.config, args.overrides)
     task = pipeline.make_task(config, args.config)
-    graph = pipeline.trace_task(task, config.shortcuts)
+    graph = pipeline.trace_task(task, pipeline.shortcuts_of(config))
     table = tabulate(graph)
     console = console_of(args)
     console.print(Text(task.name, style="bold"))

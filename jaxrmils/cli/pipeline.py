@@ -116,6 +116,11 @@ def batches(data: Dataset, size: int) -> Batches:
     return data.batches(min(size, len(data)))
 
 
+def shortcuts_of(config: Any) -> str:
+    """What shortcuts read; a run that an earlier version kept does not say."""
+    return config.get("shortcuts", SHORTCUTS[0])
+
+
 def trace_task(task: Task, shortcuts: str = "float") -> Graph:
     """The task's graph, from shapes alone.
 
@@ -312,7 +317,7 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
             f"batch_size is {config.batch_size}, but the data set has {len(task.dataset)} examples"
         )
     _check_unseen(config, task)
-    graph = trace_task(task, config.shortcuts)
+    graph = trace_task(task, shortcuts_of(config))
     check_config(config, graph)
     if config.scores == "moments" and task.dataset.groups is not None:
         raise ConfigError(

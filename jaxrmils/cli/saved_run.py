@@ -166,12 +166,12 @@ def network_of(args: argparse.Namespace, run: SavedRun) -> Network:
       PlanError: they are of another model.
     """
     config, task = _task(args)
-    graph = pipeline.trace_task(task, config.shortcuts)
+    graph = pipeline.trace_task(task, pipeline.shortcuts_of(config))
     if graph.fingerprint != run.scores.table.fingerprint:
         raise PlanError(
             f"the task's model is another one than {run.folder.path} was made from (fingerprints "
-            f"{graph.fingerprint[:12]} and {run.scores.table.fingerprint[:12]}); quantize again, "
-            "or give --no-verify"
+            f"{graph.fingerprint[:12]} and {run.scores.table.fingerprint[:12]}), or has another "
+            "config.shortcuts; quantize again, or give --no-verify"
         )
     config = pipeline.with_batch_size(config, graph, task)
     return Network(config, task, graph, task.load_params())

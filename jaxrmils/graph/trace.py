@@ -73,12 +73,18 @@ class Graph:
     @cached_property
     def shortcut_sites(self) -> tuple[str, ...]:
         """The sites whose input something else reads after them, such as a shortcut."""
-        found, programs = set(), [self.traced.program]
+        shared: dict[int, frozenset[int]] = {}
+        programs = [self.traced.program]
         while programs:
             program = programs.pop()
-            found |= set(program.reads.shared)
+            shared.update(program.reads.shared)
             programs += [p for s in program.steps if isinstance(s, Call) for p in s.programs]
-        return tuple(site.name for i, site in enumerate(self.sites) if i in found)
+        none = frozenset[int]()
+        return tuple(
+            site.name
+            for i, site in enumerate(self.sites)
+            if shared.get(i, none) & set(site.activations)
+        )
 
     @cached_property
     def layers(self) -> Mapping[str, tuple[Site, ...]]:
@@ -129,8 +135,9 @@ def trace(apply: Apply, params: Any, inputs: Any, *, shortcuts: Shortcuts = "flo
       shortcuts: what is read by operations that share an input with a site and come after it,
         such as the addition at the end of a residual block: "float", the value itself, or "codes",
         what the first site to read it makes of it. With "codes" a quantized activation is kept in
-        int8 alone, which is faster, and its noise goes both ways. Scores, plans and models are of
-        one or the other.
+        int8 alone, which is faster, and its noise goes both ways. A later `jit`, `remat`, `scan` or
+        `cond` is such a reader, with all that is in it. Scores, plans and models are of one or the
+        other.
 
     Returns:
       The graph, traced for a single example.
@@ -193,7 +200,10 @@ def one_example(inputs: Any) -> Any:
 
 def trace_at(apply: Apply, params: Any, inputs: Any) -> Traced:
     """Reads the program of `apply` at the shapes of these inputs."""
-    closed, outputs = jax.make_jaxpr(apply, return_shape=True)(params, inputs)
+    # A function of its own, since jax remembers what a function did: `apply` may read an object
+    # that has changed, such as a module now in evaluation mode.
+    read = jax.make_jaxpr(lambda p, x: apply(p, x), return_shape=True)
+    closed, outputs = read(params, inputs)
     leaves = [compat.abstract(leaf) for leaf in jax.tree.leaves(params)]
     return build(closed, naming.leaf_names(params), leaves, jax.tree.structure(outputs))
 

@@ -34,7 +34,8 @@ _SHAPES = ("bitcast", "broadcast", "concatenate", "pad", "reshape", "reverse", "
 _PICKS = ("dynamic-slice", "gather", "select", "slice")
 _WIDENINGS = ("bitcast-convert", "convert", "shift-left", "shift-right-arithmetic")
 _MOVES = frozenset((*_SHAPES, *_PICKS, *_WIDENINGS, "copy", "opt-barrier"))
-_SHIFTS = frozenset((*_SHAPES, *_PICKS, "convert", "copy", "subtract", "add", "opt-barrier"))
+_CALLS = ("parameter", "get-tuple-element", "fusion", "call")
+_SHIFTS = frozenset((*_SHAPES, "slice", "convert", "copy", "opt-barrier"))
 
 
 def integer_sites(compiled_text: str) -> dict[str, set[str]]:
@@ -42,8 +43,8 @@ def integer_sites(compiled_text: str) -> dict[str, set[str]]:
 
     An operation counts if its result is int32 and both operands are integer codes, or int32 that
     was widened from them: "dot", "convolution", or "multiply" (a tap of a depthwise convolution, or
-    what XLA makes of a dot that sums one product). A float32 dot of two operands that are codes,
-    converted and less a zero point, is `EXACT_FLOAT`.
+    what XLA makes of a dot that sums one product). A site's float32 dot of two operands that
+    are codes, converted and less a zero point, is `EXACT_FLOAT`.
 
     Args:
       compiled_text: `jax.jit(...).lower(...).compile().as_text()`.
@@ -69,8 +70,9 @@ def integer_sites(compiled_text: str) -> dict[str, set[str]]:
                 found.setdefault(site_of(text, instruction), set()).add(instruction.opcode)
         if instruction.dtype == "f32" and instruction.opcode == "dot":
             operands = list(text.operands(instruction))
-            if len(operands) == 2 and all(_is_shifted(text, each, set()) for each in operands):
-                found.setdefault(site_of(text, instruction), set()).add(EXACT_FLOAT)
+            site = site_of(text, instruction)
+            if site and all(_is_shifted(text, each, set()) for each in operands):
+                found.setdefault(site, set()).add(EXACT_FLOAT)
     return found
 
 
@@ -131,8 +133,7 @@ def _is_code(text: Text, instruction: Instruction, seen: set[Instruction]) -> bo
     if instruction in seen:
         return False
     seen.add(instruction)
-    calls = ("parameter", "get-tuple-element", "fusion", "call")
-    if instruction.opcode not in calls and (
+    if instruction.opcode not in _CALLS and (
         instruction.opcode not in _MOVES or instruction.dtype not in ("s32", "s16")
     ):
         return False
@@ -140,18 +141,30 @@ def _is_code(text: Text, instruction: Instruction, seen: set[Instruction]) -> bo
 
 
 def _is_shifted(text: Text, instruction: Instruction, seen: set[Instruction]) -> bool:
-    """Whether a float32 value is codes, converted and less a zero point, and nothing else."""
+    """Whether a float32 value is codes, converted and less integers, and nothing else."""
     if instruction.dtype in CODES:
         return True
-    if instruction in seen:
+    if instruction in seen or instruction.dtype not in ("f32", "s32"):
         return False
     seen.add(instruction)
-    calls = ("parameter", "get-tuple-element", "fusion", "call")
-    if instruction.opcode not in calls and (
-        instruction.opcode not in _SHIFTS or instruction.dtype not in ("f32", "s32")
-    ):
+    if instruction.opcode in ("subtract", "add"):
+        codes, zero_points = text.operand(instruction, 0), text.operand(instruction, 1)
+        if codes is None or zero_points is None:
+            return False
+        return _is_shifted(text, codes, seen) and _is_whole(text, zero_points, set())
+    if instruction.opcode not in (*_CALLS, *_SHIFTS):
         return False
     return any(_is_shifted(text, source, seen) for source in text.sources(instruction))
+
+
+def _is_whole(text: Text, instruction: Instruction, seen: set[Instruction]) -> bool:
+    """Whether a value was an integer, or is a constant of the program."""
+    if instruction.dtype.startswith(("s", "u")) or instruction.opcode == "constant":
+        return True
+    if instruction in seen or instruction.opcode not in (*_CALLS, *_SHIFTS, "negate"):
+        return False
+    seen.add(instruction)
+    return any(_is_whole(text, source, seen) for source in text.sources(instruction))
 
 
 def site_of(text: Text, instruction: Instruction) -> str:

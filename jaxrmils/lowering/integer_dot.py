@@ -157,27 +157,28 @@ def dot_int32(
     check_accumulator(k, *bounds)
     sums = (rhs_sum, lhs_sum)
     needs_sums = any(z is not None and s is None for z, s in zip(zero_points, sums, strict=True))
-    is_short = needs_sums and k * math.prod(bounds) <= FLOAT32_EXACT
+    is_short = needs_sums and 1 < k <= FLOAT32_EXACT // math.prod(bounds)
     operation = _operation(lhs, rhs, dimension_numbers, is_short)
     by_row = [zero is not None and jnp.ndim(zero) > 0 for zero in zero_points]
     weight, activation = (lhs_bits, rhs_bits) if by_row == [False, True] else (rhs_bits, lhs_bits)
     name = f"w{weight}a{activation}" + "d" * any(by_row)
     formulation = row_of(backend, operation, name).formulation
+    layout = (dimension_numbers, lhs.ndim, rhs.ndim)
+    lhs_zero, rhs_zero = (
+        None if zero is None else _zero_to_output(zero, *layout, side)
+        for zero, side in zip(zero_points, get_args(Side), strict=True)
+    )
     if formulation == "float32 dot of codes":
         return _float_dot(lhs, rhs, dimension_numbers, zero_points)
     if formulation == "s4 dot":
         lhs, rhs = lhs.astype(jnp.int4), rhs.astype(jnp.int4)
     lhs, rhs = kernel_operands(lhs, rhs, backend)
     out = _formulated(lhs, rhs, dimension_numbers, formulation)
-    layout = (dimension_numbers, lhs.ndim, rhs.ndim)
-    lhs_zero = rhs_zero = None
-    if lhs_zero_point is not None:
-        lhs_zero = _zero_to_output(lhs_zero_point, *layout, "lhs")
+    if lhs_zero is not None:
         if rhs_sum is None:
             rhs_sum = operand_sum(rhs, dimension_numbers, "rhs")
         out -= lhs_zero * sum_to_output(rhs_sum, *layout, "rhs")
-    if rhs_zero_point is not None:
-        rhs_zero = _zero_to_output(rhs_zero_point, *layout, "rhs")
+    if rhs_zero is not None:
         if lhs_sum is None:
             lhs_sum = operand_sum(lhs, dimension_numbers, "lhs")
         out -= rhs_zero * sum_to_output(lhs_sum, *layout, "lhs")
@@ -212,7 +213,7 @@ def _float_dot(
 
     def shifted(codes: Array, zero_point: Array | None) -> Array:
         values = codes.astype(jnp.float32)
-        return values if zero_point is None else values - zero_point.astype(jnp.float32)
+        return values if zero_point is None else values - jnp.asarray(zero_point, jnp.float32)
 
     total = lax.dot_general(
         shifted(lhs, zero_points[0]),

@@ -389,13 +389,14 @@ def dot_operation(rows: Any, columns: Any, batch_dims: int, *, is_short: bool = 
       columns: of the right operand's.
       batch_dims: how many dims are batched.
       is_short: whether zero points need sums at run time, and no sum of codes less zero points
-        can pass 2^24 (of 8 bits on both sides: up to 258 products).
+        can pass 2^24 (of 8 bits on both sides: 2 to 258 products).
 
     >>> dot_operation(1, 10, 0), dot_operation(128, 128, 1)
     ('one row', 'batched dot')
     """
     if batch_dims:
-        return "short batched dot" if is_short else "batched dot"
+        is_vector = rows == 1 and columns == 1  # XLA:CPU makes no dot of it
+        return "short batched dot" if is_short and not is_vector else "batched dot"
     return "one row" if rows == 1 else "one column" if columns == 1 else "dot"
 
 

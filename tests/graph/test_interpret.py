@@ -350,3 +350,18 @@ def test_shared_params_only_subexpressions():
     graph = check(apply, matrices("w"), random(4, 6))
     assert [s.name for s in graph.sites] == ["w"]
     assert graph.coverage.count("folded") == 21
+
+
+def test_a_function_is_read_anew_by_every_trace():
+    class Scaled:
+        factor = 2.0
+
+        def __call__(self, p, x):
+            return self.factor * (x @ p["w"])
+
+    model, params, x = Scaled(), {"w": jnp.eye(3)}, jnp.ones((4, 3))
+    trace(model, params, x)
+    model.factor = 5.0
+    graph = trace(model, params, x)
+    for batch in (x[:1], x):
+        np.testing.assert_array_equal(rerun(graph, params, batch)[0], 5 * batch)

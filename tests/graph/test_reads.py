@@ -74,6 +74,23 @@ def inside_jit_shared(p, x):
     return (x + 1) + (x + 1) @ p["a"] + x
 
 
+def jit_behind(p, x):
+    return x @ p["a"] + jax.jit(lambda h: h @ p["b"] - h)(x)
+
+
+def jit_behind_shared(p, x):
+    return (x + 1) @ p["a"] + ((x + 2) @ p["b"] - (x + 2))
+
+
+def branches(p, x):
+    first = x @ p["a"]
+    return first + jax.lax.cond(x[0, 0] > -9, lambda h: jnp.sin(h), lambda h: h @ p["b"], x)
+
+
+def branches_shared(p, x):
+    return (x + 1) @ p["a"] + jnp.sin(x + 1)
+
+
 CASES = {
     "block": (block, block_shared, ("a",)),
     "two sites": (two_sites, two_sites_shared, ("a",)),
@@ -81,6 +98,8 @@ CASES = {
     "returned": (returned, returned_shared, ("a",)),
     "scanned": (scanned, scanned_shared, ("a",)),
     "inside jit": (inside_jit, inside_jit_shared, ("a",)),
+    "jit behind": (jit_behind, jit_behind_shared, ("a", "b")),
+    "branches": (branches, branches_shared, ("a",)),
     "under remat": (jax.checkpoint(block), block_shared, ("a",)),
 }
 
@@ -138,3 +157,13 @@ def test_graphs_of_either_kind_differ():
 def test_unknown_kinds_are_refused():
     with pytest.raises(ValueError, match="shortcuts is 'int8'; expected one of float, codes"):
         trace(block, PARAMS, X, shortcuts="int8")
+
+
+def test_indices_that_are_read_again_are_no_shortcut():
+    def embed(p, x):
+        return p["a"][x].sum(axis=1) @ p["b"] + x.sum(axis=1, keepdims=True).astype(jnp.float32)
+
+    used = {"a": PARAMS["a"], "b": PARAMS["b"]}
+    graph = trace(embed, used, jnp.zeros((4, 3), jnp.int32), shortcuts="codes")
+    assert {site.kind for site in graph.sites} == {"gather", "dot"}
+    assert graph.shortcut_sites == ()

@@ -78,8 +78,8 @@ def widen(monkeypatch, name, dtype):
         numbers = call.eqn.params["dimension_numbers"]
         return jax.lax.dot_general(*(each.astype(dtype) * dtype(300) for each in codes), numbers)
 
-    def run_quantized(call, kernel, *arguments):
-        return run(call, wide if call.site.name == name else kernel, *arguments)
+    def run_quantized(call, kernel, *arguments, **options):
+        return run(call, wide if call.site.name == name else kernel, *arguments, **options)
 
     monkeypatch.setattr(quantized_model, "run_quantized", run_quantized)
 

@@ -268,3 +268,21 @@ def test_short_batched_dots_on_cpu_are_float32_up_to_the_last_exact_sum(k, kind,
         e for e in jax.make_jaxpr(dot)(lhs, rhs).eqns if "dot_general" in str(e.primitive)
     )
     assert product.outvars[0].aval.dtype == {"f32": jnp.float32, "s32": jnp.int32}[kind]
+
+
+@pytest.mark.parametrize(
+    ("zero", "error"),
+    [
+        (jnp.float32(1.5), TypeError),
+        (jnp.zeros(3, jnp.int32), ValueError),
+        (jnp.zeros((2, 3, 4), jnp.int32), ValueError),
+    ],
+)
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_zero_points_of_short_dots_are_checked(zero, error, backend):
+    lhs, rhs = jnp.ones((2, 3, 4), jnp.int8), jnp.ones((2, 4, 5), jnp.int8)
+    numbers = (((2,), (1,)), ((0,), (0,)))
+    with pytest.raises(error, match="zero point"):
+        dot_int32(lhs, rhs, numbers, lhs_zero_point=zero, backend=backend)
+    number = dot_int32(lhs, rhs, numbers, lhs_zero_point=3, backend=backend)
+    assert_exact(number, reference(lhs, rhs, numbers, 3, 0))
