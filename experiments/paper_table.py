@@ -28,7 +28,7 @@ from jaxrmils.data import Task, check_disjoint
 from jaxrmils.evaluation.simulate import SimulatedModel
 from jaxrmils.evaluation.temperature import fit_temperature
 from jaxrmils.graph import Graph
-from jaxrmils.policies import Simulator
+from jaxrmils.policies import Simulator, parse_format
 from jaxrmils.progress import bars
 
 
@@ -137,7 +137,7 @@ def draw(config: Any, graph: Graph, simulator: Simulator, task: Task, args: Any)
         row("float, own temperature", cooled),
         simulated("uniform int8", jr.uniform(table, "int8")),
     ]
-    if any(name.endswith("d") for name in config.policy.formats):
+    if any(parse_format(name).dynamic for name in config.policy.formats):
         rows.append(simulated("uniform int8, a grid per token", jr.uniform(table, "w8a8d")))
     aciq = jr.calibrate(graph, params, data["ranges"].inputs(), estimator="aciq_laplace")
     other = SimulatedModel(graph, params, aciq, task.loss)

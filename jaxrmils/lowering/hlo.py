@@ -113,8 +113,19 @@ def check_integer_sites(model: QuantizedModel, inputs: Any) -> dict[str, set[str
 
 
 def assert_integer(model: QuantizedModel, inputs: Any) -> None:
-    """Raises LoweringError unless every planned site is compiled to integer operations."""
-    check_integer_sites(model, inputs)
+    """Raises LoweringError unless every planned site is compiled to integer operations.
+
+    Stricter than `check_integer_sites`: codes that are multiplied in float32, however exactly, are
+    no integer operation.
+    """
+    found = check_integer_sites(model, inputs)
+    exact = [site for site, kinds in found.items() if kinds == {EXACT_FLOAT}]
+    if exact:
+        raise LoweringError(
+            f"{len(exact)} of {len(found)} planned sites multiply their codes in float32 in the "
+            f"program compiled for {jax.default_backend()}: {', '.join(exact[:10])}. The results "
+            "are those of integers; skip them in the plan, or allow them with check_integer_sites."
+        )
 
 
 def planned_sites(graph: Graph, plan: Plan) -> list[str]:

@@ -146,8 +146,16 @@ def test_products_of_two_activations(format, shape, kind):
         return jax.lax.dot_general(h, h + 1, (((2,), (2,)), ((0,), (0,))))
 
     x = random(*shape)
-    kinds = check_integer_sites(built_from(apply, {"w": jnp.float32(0.7)}, x, format), x)
+    built = built_from(apply, {"w": jnp.float32(0.7)}, x, format)
+    kinds = check_integer_sites(built, x)
     assert kinds == {"dot_0": {kind}}
+    if kind == EXACT_FLOAT:
+        with pytest.raises(
+            LoweringError, match=r"1 of 1 planned sites multiply .* float32 .*dot_0"
+        ):
+            assert_integer(built, x)
+    else:
+        assert_integer(built, x)
 
 
 def test_float_products_of_integer_inputs_are_not_products_of_codes():
