@@ -48,7 +48,6 @@ class Row:
       weight_bits: average bits of a weight.
       formats: per layer.
       seconds: calibration, scores and plan; None where nothing was searched.
-      units: of the float row, what every test example belongs to: its number, or its group's.
       moved: per metric, the test examples at which it changed, by position, and by how much.
     """
 
@@ -62,7 +61,6 @@ class Row:
     weight_bits: float
     formats: dict[str, str]
     seconds: float | None
-    units: Sequence[int]
     moved: dict[str, Sequence[Sequence[float]]]
 
     def summary(self) -> str:
@@ -76,6 +74,27 @@ class Row:
             f"{self.name}: {metrics}, loss {self.loss:.4f}, change {mean:+.5f} [{lower:+.5f}, "
             f"{upper:+.5f}], {self.megabytes:.3f} MB ({100 * self.share:.1f} %)"
         )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The rows of one deal of the examples.
+
+    Attributes:
+      seed: of the deal.
+      units: what every test example belongs to: its number, or its group's.
+      rows: the first is float's.
+    """
+
+    seed: int
+    units: Sequence[int]
+    rows: Sequence[Row]
+
+
+def tested(task: Task) -> list[int]:
+    """What every test example of a task belongs to."""
+    groups = task.split("test").groups
+    return [int(unit) for unit in (task.splits.test if groups is None else groups)]
 
 
 def judged(
@@ -111,7 +130,6 @@ def judged(
         weight_bits=sum(row.weight_size * widths[row.name] for row in rows) / weights,
         formats={} if plan is None else {k: layer.format for k, layer in plan.layers.items()},
         seconds=seconds,
-        units=() if plan else [int(u) for u in (indices if groups is None else groups)],
         moved=moved,
     )
 
@@ -120,16 +138,16 @@ def _moved(change: np.ndarray) -> list[tuple[int, float]]:
     return [(int(i), float(change[i])) for i in np.flatnonzero(change)]
 
 
-def _pooled_drop(draws: Sequence[Sequence[Row]], rows: Sequence[Row], name: str) -> float:
+def _pooled_drop(draws: Sequence[Draw], rows: Sequence[Row], name: str) -> float:
     """One-sided 95 % upper bound of a metric's drop over all draws, clustered by unit: an example
     may be tested in several draws.
     """
     units, changes = [], []
-    for plain, row in zip((rows[0] for rows in draws), rows, strict=True):
-        change = np.zeros(len(plain.units))
+    for draw, row in zip(draws, rows, strict=True):
+        change = np.zeros(len(draw.units))
         for position, amount in row.moved[name]:
             change[int(position)] = amount
-        units.append(plain.units)
+        units.append(draw.units)
         changes.append(change)
     found = mean_interval(-np.concatenate(changes), level=0.9, groups=np.concatenate(units))
     return found.upper
@@ -144,14 +162,14 @@ def _changed(name: str, before: np.ndarray, after: np.ndarray, groups: Any) -> d
     }
 
 
-def markdown(draws: Sequence[Sequence[Row]], config: Any) -> list[str]:
+def markdown(draws: Sequence[Draw], config: Any) -> list[str]:
     """The table: means over draws, with Student's 95 % intervals over draws."""
-    names = list(draws[0][0].metrics)
+    names = list(draws[0].rows[0].metrics)
     head = ["", *names, "loss", "change of the loss", "over examples", "above the margin"]
     head += [f"{name}: drop at most, {how}" for name in _bounded(names) for how in HOW]
     head += ["MB", "% of float", "weight bits", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for rows in zip(*draws, strict=True):
+    for rows in zip(*(draw.rows for draw in draws), strict=True):
         lines.append("| " + " | ".join(_cells(draws, rows, names)) + " |")
     sizes = ", ".join(f"{count:,} for {name}" for name, count in config.splits.items())
     what = "groups" if config.task == "squad" else "examples"
@@ -161,18 +179,38 @@ def markdown(draws: Sequence[Sequence[Row]], config: Any) -> list[str]:
         "examples` the half width of a draw's own 95 % interval. `drop at most`: one-sided 95 % "
         "upper bounds, the mean of the draws' and that of all draws together, clustered by "
         f"{what}. Seconds are medians: calibration, scores and plan.",
+        "",
+        own_temperatures(draws),
     ]
     for key, words in PUBLISHED.items():
         if key in config.model.name:
             lines += ["", f"Published, on other weights: {words}."]
             break
     lines += ["", "Formats of the `lossless` plan of the first draw:", ""]
-    (plan,) = (row for row in draws[0] if row.name == "lossless")
+    (plan,) = (row for row in draws[0].rows if row.name == "lossless")
     by_format: dict[str, list[str]] = {}
     for layer, format_ in plan.formats.items():
         by_format.setdefault(format_, []).append(f"`{layer}`")
     lines += [f"- {format_}: {', '.join(layers)}" for format_, layers in by_format.items()]
     return lines
+
+
+def own_temperatures(draws: Sequence[Draw]) -> str:
+    """`lossless` against float where each has its own temperature, and what confidence explains."""
+    rows = [{row.name: row for row in draw.rows} for draw in draws]
+    plain = [each["lossless"].change[0] for each in rows]
+    cooled = [
+        each["lossless, own temperature"].loss - each["float, own temperature"].loss
+        for each in rows
+    ]
+    words = (
+        f"`lossless` against float: {_over(plain, 4, '+')}; both at their own temperatures, paired "
+        f"within a draw: {_over(cooled, 4, '+')}."
+    )
+    gain = np.mean(plain)
+    if gain < 0 and len(plain) > 1 and mean_interval(np.array(plain), method="t").upper < 0:
+        words += f" Of the gain {100 * (1 - np.mean(cooled) / gain):.0f} % is confidence."
+    return words
 
 
 HOW = ("a draw", "all draws")
@@ -182,7 +220,7 @@ def _bounded(names: Sequence[str]) -> list[str]:
     return [name for name in names if name != "Acc@5"]
 
 
-def _cells(draws: Sequence[Sequence[Row]], rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+def _cells(draws: Sequence[Draw], rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     halves = [(row.change[2] - row.change[1]) / 2 for row in rows]
     seconds = [row.seconds for row in rows if row.seconds is not None]
     return [
@@ -207,10 +245,10 @@ def _cells(draws: Sequence[Sequence[Row]], rows: Sequence[Row], names: Sequence[
     ]
 
 
-def _over(values: Sequence[float], digits: int) -> str:
+def _over(values: Sequence[float], digits: int, sign: str = "") -> str:
     """Mean and half of Student's interval over draws."""
     if len(values) < 2 or np.ptp(values) == 0:
-        return f"{values[0]:.{digits}f}"
+        return f"{values[0]:{sign}.{digits}f}"
     interval = mean_interval(np.array(values), method="t")
     half = (interval.upper - interval.lower) / 2
-    return f"{interval.mean:.{digits}f} ± {half:.{digits}f}"
+    return f"{interval.mean:{sign}.{digits}f} ± {half:.{digits}f}"

@@ -143,6 +143,25 @@ def torchvision_models() -> Any:
     return torchvision.models
 
 
+def loaded(name: str, state_dict: dict[str, np.ndarray], size: int) -> Any:
+    """The original with weights, all of which it uses.
+
+    Raises:
+      ValueError: tensors are missing or left over.
+    """
+    import torch
+
+    network = original(name, size)
+    names = network.state_dict().keys()
+    # Old checkpoints have no batch counters, which evaluation does not read.
+    missing = network.load_state_dict(
+        {key: torch.tensor(state_dict[key]) for key in names if key in state_dict}, strict=False
+    ).missing_keys
+    if set(state_dict) - set(names) or any("num_batches" not in key for key in missing):
+        raise ValueError(f"the state dict of {name} does not fit the original: {missing}")
+    return network
+
+
 def compare(name: str, state_dict: dict[str, np.ndarray], images: np.ndarray) -> dict[str, Any]:
     """Runs both networks.
 
@@ -159,14 +178,7 @@ def compare(name: str, state_dict: dict[str, np.ndarray], images: np.ndarray) ->
 
     from jaxrmils.zoo import reference
 
-    network = original(name, images.shape[1])
-    names = network.state_dict().keys()
-    # Old checkpoints have no batch counters, which evaluation does not read.
-    missing = network.load_state_dict(
-        {key: torch.tensor(state_dict[key]) for key in names if key in state_dict}, strict=False
-    ).missing_keys
-    if set(state_dict) - set(names) or any("num_batches" not in key for key in missing):
-        raise ValueError(f"the state dict of {name} does not fit the original: {missing}")
+    network = loaded(name, state_dict, images.shape[1])
     batch = torch.tensor(images.transpose(0, 3, 1, 2))
     with torch.inference_mode():
         logits = network(batch).numpy()

@@ -23,29 +23,31 @@ def get_config():
 """
 
 
-def run(folder, monkeypatch, draws):
+def run(folder, monkeypatch, draws, *mu):
     (folder / "tiny.py").write_text(CONFIG)
     command = ["paper_table.py", "--config", str(folder / "tiny.py"), "--draws", str(draws)]
-    command += ["--mu", "0.1", "--out", str(folder / "table"), "--config.policy.directed=false"]
+    command += ["--mu", *(mu or ["0.1"]), "--out", str(folder / "table")]
+    command += ["--config.policy.directed=false"]
     monkeypatch.setattr(sys, "argv", command)
     paper_table.main()
     document = json.loads((folder / "table.json").read_text())
-    return document["rows"], (folder / "table.md").read_text()
+    return document, (folder / "table.md").read_text()
 
 
 def test_every_policy_has_a_row_and_an_interrupted_run_goes_on(tmp_path, monkeypatch):
-    counted, draw = [], paper_table.draw
+    counted, make_task = [], paper_table.make_task
 
     def interrupted(config, *args):
         counted.append(config.seed)
         if counted == [0, 1]:
             raise KeyboardInterrupt
-        return draw(config, *args)
+        return make_task(config, *args)
 
-    monkeypatch.setattr(paper_table, "draw", interrupted)
+    monkeypatch.setattr(paper_table, "make_task", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, monkeypatch, 2)
-    rows, table = run(tmp_path, monkeypatch, 2)
+    document, table = run(tmp_path, monkeypatch, 2)
+    rows = document["rows"]
     assert counted == [0, 1, 1]
     assert not list(tmp_path.glob("*.partial.json"))
     names = [row["name"] for row in rows]
@@ -54,19 +56,51 @@ def test_every_policy_has_a_row_and_an_interrupted_run_goes_on(tmp_path, monkeyp
     float_row, found = rows[0], rows[names.index("lossless")]
     assert float_row["change"] == [0.0, 0.0, 0.0] and float_row["share"] == 1.0
     assert found["share"] < 0.5 and not found["above"]
-    assert len(float_row["units"]) == 150
+    assert [len(units) for units in document["tested"].values()] == [150, 150]
     for name in ("Acc@1", "1/rank"):
         moved = sum(amount for _, amount in found["moved"][name]) / 150
         assert found["metrics"][name]["change"][0] == pytest.approx(moved, abs=1e-12)
         assert f"{name}: drop at most, all draws" in table
     assert "2 draws of examples" in table
+    # Everything is there: printed again, without a task.
+    assert run(tmp_path, monkeypatch, 2) == (document, table) and counted == [0, 1, 1]
+    # A further threshold stands before the others, and nothing else is made again.
+    wider, _ = run(tmp_path, monkeypatch, 2, "0.01")
+    assert counted == [0, 1, 1, 0, 1]
+    assert [r for r in wider["rows"] if "mu 0.01" not in r["name"]] == rows
+    added = [r["name"] for r in wider["rows"] if "mu" in r["name"]]
+    assert added[:2] == ["rmils, radical, mu 0.01", "rmils, radical, mu 0.1"]
 
 
-def row(name, units, moved):
+def test_what_confidence_explains_of_a_gain():
+    def draws(plain, cooled):
+        return [
+            paper_rows.Draw(
+                seed,
+                (),
+                [
+                    row("float, own temperature", [], loss=0.9),
+                    row("lossless", [], change=(change, 0.0, 0.0)),
+                    row("lossless, own temperature", [], loss=0.9 + rest),
+                ],
+            )
+            for seed, (change, rest) in enumerate(zip(plain, cooled, strict=True))
+        ]
+
+    words = paper_rows.own_temperatures(draws([-0.05, -0.06], [-0.01, -0.012]))
+    assert "Of the gain" not in words  # two draws tell nothing
+    words = paper_rows.own_temperatures(draws([-0.05, -0.06, -0.055], [-0.01, -0.012, -0.011]))
+    assert "-0.0550 ±" in words and "-0.0110 ±" in words
+    assert words.endswith("Of the gain 80 % is confidence.")
+    words = paper_rows.own_temperatures(draws([0.05, 0.06, 0.055], [-0.01, -0.012, -0.011]))
+    assert "+0.0550 ±" in words and "Of the gain" not in words
+
+
+def row(name, moved, loss=1.0, change=(0.0, 0.0, 0.0)):
     return paper_rows.Row(
         name=name,
-        loss=1.0,
-        change=(0.0, 0.0, 0.0),
+        loss=loss,
+        change=change,
         above=False,
         metrics={},
         megabytes=1.0,
@@ -74,7 +108,6 @@ def row(name, units, moved):
         weight_bits=8.0,
         formats={},
         seconds=None,
-        units=units,
         moved={"Acc@1": moved},
     )
 
@@ -82,9 +115,9 @@ def row(name, units, moved):
 def test_examples_tested_twice_count_once():
     def bound(second):
         lost = [(position, -1.0) for position in range(10)]
-        draws = [[row("float", list(range(100)), []), row("plan", (), lost)]]
-        draws.append([row("float", second, []), row("plan", (), lost)])
-        return paper_rows._pooled_drop(draws, [rows[1] for rows in draws], "Acc@1")
+        rows = [row("float", []), row("plan", lost)]
+        draws = [paper_rows.Draw(0, list(range(100)), rows), paper_rows.Draw(1, second, rows)]
+        return paper_rows._pooled_drop(draws, [rows[1], rows[1]], "Acc@1")
 
     same, other = bound(list(range(100))), bound(list(range(100, 200)))
     assert same > other > 0.1
