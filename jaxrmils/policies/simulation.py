@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from jaxrmils.sensitivity import (
 )
 
 _USUAL = CandidateSet()
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -176,7 +177,9 @@ class Simulation:
         if candidates == self.candidates:
             return self
         wider = dataclasses.replace(self, candidates=candidates)
-        wider.__dict__["_noises"] = self._noises  # Those that are made serve both.
+        # What is made already serves both.
+        for name in ("_noises", "_changes", "_attributions"):
+            wider.__dict__[name] = getattr(self, name)
         return wider
 
     @property
@@ -202,10 +205,19 @@ class Simulation:
           PlanError: the plan is for another model, or quantizes what has no range.
           ScoreError: a loss is not finite.
         """
-        return self._losses(*self._switches(plan))[0] - self.float_loss
+
+        def measured() -> np.ndarray:
+            change = self._losses(*self._switches(plan))[0] - self.float_loss
+            change.setflags(write=False)  # It may be handed out again.
+            return change
+
+        return self._changes.of(_key(plan), measured)
 
     def attribute(self, plan: Plan, progress: Progress = silent) -> PlanAttribution:
         """The plan's joint change, shared out among its layers; see `attribute`."""
+        return self._attributions.of(_key(plan), lambda: self._attributed(plan, progress))
+
+    def _attributed(self, plan: Plan, progress: Progress) -> PlanAttribution:
         (switches, candidates), parts, readers = self._switches(plan), [], []
         noise = self._noise_of(candidates)
         read = progress(self._with_float_losses(), "attributing", len(self.batches))
@@ -244,6 +256,14 @@ class Simulation:
         return self._noises[candidates.weights]
 
     @functools.cached_property
+    def _changes(self) -> _Kept[np.ndarray]:
+        return _Kept(256)
+
+    @functools.cached_property
+    def _attributions(self) -> _Kept[PlanAttribution]:
+        return _Kept(8)  # Each holds a number for every example and layer.
+
+    @functools.cached_property
     def _noises(self) -> dict[tuple[Candidate, ...], Any]:
         return {}
 
@@ -265,6 +285,26 @@ class Simulation:
                 "examples); finite values were expected"
             )
         return losses, readers
+
+
+class _Kept(Generic[T]):
+    """The last few results, by plan: refinements at several budgets start from the same plans."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.found = most, dict[Any, T]()
+
+    def of(self, key: Any, make: Callable[[], T]) -> T:
+        """The result of a plan, made if it is not kept."""
+        found = self.found.pop(key) if key in self.found else make()
+        self.found[key] = found
+        while len(self.found) > self.most:
+            del self.found[next(iter(self.found))]
+        return found
+
+
+def _key(plan: Plan) -> Any:
+    """What a simulation depends on."""
+    return plan.fingerprint, tuple(sorted(plan.layers.items(), key=lambda item: item[0]))
 
 
 def switch_candidates(graph: Graph, plan: Plan, known: CandidateSet = _USUAL) -> CandidateSet:

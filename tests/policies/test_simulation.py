@@ -1,5 +1,8 @@
 """One compiled simulation for every plan."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +33,26 @@ def test_changes_and_shares_are_those_of_the_plan_alone(name):
     assert set(found.layers) == set(expected.layers)
     for layer, share in expected.layers.items():
         np.testing.assert_allclose(found.layers[layer], share, atol=2e-5 * scale)
+
+
+def test_the_last_results_are_kept_by_what_a_plan_does():
+    simulation, table = simulated("plain"), table_of("plain")
+    plans = [jr.uniform(table, name) for name in ("w8a8", "w4a8")]
+    again = dataclasses.replace(plans[0], layers=dict(reversed(plans[0].layers.items())))
+    again = dataclasses.replace(again, policy={"name": "another"})
+    for look in (simulation.attribute, simulation.change, simulation.holding(["w8a8d"]).change):
+        found = [look(plan) for plan in plans]
+        assert look(again) is found[0] and look(plans[1]) is found[1]
+        assert found[0] is not found[1]
+    with pytest.raises(ValueError, match="read-only"):
+        simulation.change(plans[0])[0] = 0.0
+    found = simulation.attribute(plans[0])
+    formats = ("w8a8", "w8a4", "w4a8", "w4a4", "w8", "w4", "int4", "float")
+    first = next(iter(table.layers)).name
+    for name, rest in itertools.product(formats, ("w8", "w4")):  # More than are kept.
+        simulation.attribute(jr.uniform(table, rest, force={first: name}))
+    assert simulation.attribute(plans[0]) is not found
+    np.testing.assert_array_equal(simulation.attribute(plans[0]).change, found.change)
 
 
 def test_in_bfloat16_it_is_the_integer_model_that_is_simulated():
