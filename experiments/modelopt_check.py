@@ -172,7 +172,11 @@ def judge(args: argparse.Namespace, _: list[str]) -> None:
         found = [each for each in document["plans"] if each["seed"] == seed]
         rows += judged(config, graph, simulator, task, found)
     chose = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
-    lines = [f"`{settings['command']}`; ModelOpt's plans by {chose}.", "", *markdown(rows)]
+    lines = [
+        f"`{settings['command']}`; ModelOpt's plans by {chose}.",
+        "",
+        *markdown(rows),
+    ]
     write_table(Path(args.out or "experiments/results/modelopt_check"), rows, lines)
 
 

@@ -7,7 +7,8 @@ Every draw deals the examples anew (`config.seed`). Plans are chosen on its sele
 the same average bits of a weight with activations in int8, and measured on its confirmation and
 test examples, which chose nothing. Intervals are Student's over draws; a difference from the
 refined plan is paired within a draw. Seeds from 100 on are the table's: a method under development
-uses others. Finished draws are kept, so that an interrupted run goes on where it was.
+uses others. Finished draws are kept, so that an interrupted run goes on where it was; `--only SEED`
+makes single draws, so that several processes can share the work.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
-    parser.add_argument("--bits", type=float, nargs="+", default=[4, 5, 6, 8])
+    parser.add_argument("--only", type=int, nargs="*", help="seeds: make these draws, no table")
+    parser.add_argument("--bits", type=float, nargs="+", default=[3, 4, 5, 6, 8])
     parser.add_argument("--objectives", nargs="*", default=[*SAVED, *jr.MEASURED_COSTS])
     parser.add_argument("--rounds", type=int, default=4, help="of the refinement")
     parser.add_argument("--out", help="by default experiments/results/objectives_ and the config")
@@ -67,37 +69,45 @@ def main() -> None:
         parser.error(f"unknown objectives {sorted(unknown)}; expected {SAVED} or a measured one")
     config = load_config(args.config, overrides)
     out = Path(args.out or f"experiments/results/objectives_{Path(args.config).stem}")
-    kept = out.with_suffix(".partial.json")
-    settings = {key: getattr(args, key) for key in ("first_seed", "bits", "objectives", "rounds")}
+    settings = {key: getattr(args, key) for key in ("bits", "objectives", "rounds")}
     settings["overrides"] = overrides
-    draws = restored(kept, settings)
+    seeds = [args.first_seed + number for number in range(args.draws)]
     graph = simulator = None
-    for number in bars(range(args.draws), "draws", args.draws):
-        if number < len(draws):
+    for seed in bars(args.only or seeds, "draws", len(args.only or seeds)):
+        kept = kept_at(out, seed)
+        if restored(kept, settings):
             continue
-        config.seed = args.first_seed + number
+        config.seed = seed
         task = make_task(config, args.config, bars)
         check_disjoint(task.splits, task.training, task.dataset.groups)
         if graph is None or simulator is None:
             graph = trace_task(task)
             config = with_batch_size(config, graph, task)
             simulator = Simulator(graph, task.loss)
-        draws.append(draw(config, graph, simulator, task, args))
+        rows = draw(config, graph, simulator, task, args)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"settings": settings, "draws": draws}))
-        for row in draws[-1]:
-            print(f"seed {config.seed}: {row}", flush=True)
-    rows = [row for each in draws[: args.draws] for row in each]
-    write_table(out, rows, markdown(rows))
-    kept.unlink(missing_ok=True)
+        kept.write_text(json.dumps({"settings": settings, "rows": rows}))
+        for row in rows:
+            print(f"seed {seed}: {row}", flush=True)
+    if args.only:
+        return
+    rows = [row for seed in seeds for row in restored(kept_at(out, seed), settings)]
+    write_table(out, rows, markdown(rows, args.bits), settings=settings)
+    for seed in seeds:
+        kept_at(out, seed).unlink()
 
 
-def restored(kept: Path, settings: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """The draws of an interrupted run with the same settings."""
+def kept_at(out: Path, seed: int) -> Path:
+    """Where a finished draw is kept."""
+    return out.with_name(f"{out.name}.{seed}.partial.json")
+
+
+def restored(kept: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a finished draw with the same settings; none if there is no such draw."""
     if not kept.exists():
         return []
     found = json.loads(kept.read_text())
-    return found["draws"] if found["settings"] == settings else []
+    return found["rows"] if found["settings"] == settings else []
 
 
 def draw(
@@ -204,7 +214,7 @@ def by_chance(table: ModelTable, rng: np.random.Generator) -> Costs:
     return Costs("random", "nothing", options)
 
 
-def markdown(rows: list[dict[str, Any]]) -> list[str]:
+def markdown(rows: list[dict[str, Any]], asked: Sequence[float] = ()) -> list[str]:
     """Objectives by budgets, differences from the refined plan, and what they cost."""
     budgets = sorted({row["bits"] for row in rows})
     names = list(dict.fromkeys(row["objective"] for row in rows))
@@ -243,6 +253,8 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
         "the refined plan is better. Seconds: the objective's pass over the selection data, "
     )
     lines[-1] += "compilation included in the first draw; medians."
+    if absent := [f"{bits:g}" for bits in asked if bits not in budgets]:
+        lines += ["", f"No plan has {' or '.join(absent)} bits: int4 is the narrowest format."]
     return lines
 
 

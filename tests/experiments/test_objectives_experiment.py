@@ -14,10 +14,16 @@ def test_every_objective_has_a_row(tmp_path, monkeypatch, capsys):
     command = ["objectives.py", "--config", str(tmp_path / "tiny.py"), "--draws", "2"]
     command += ["--bits", "3", "4", "6", "--rounds", "1", "--out", str(out)]
     command += ["--objectives", "signed", "squared", "squared_output"]
+    monkeypatch.setattr(sys, "argv", [*command, "--only", "101"])
+    objectives.main()  # as another process would
+    assert [path.name for path in tmp_path.glob("*.partial.json")] == ["table.101.partial.json"]
+    assert "seed 101" in capsys.readouterr().out and not out.with_suffix(".json").exists()
     monkeypatch.setattr(sys, "argv", command)
     objectives.main()
+    printed = capsys.readouterr().out
+    assert "seed 100" in printed and "seed 101" not in printed
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
-    assert "3 bits: " in capsys.readouterr().out  # No int4 model is as small as that.
+    assert "3 bits: " in printed  # No int4 model is as small as that.
     names = {"signed", "squared", "squared_output", "refined", "random"}
     for seed in (100, 101):
         for bits in (4.0, 6.0):
@@ -29,6 +35,7 @@ def test_every_objective_has_a_row(tmp_path, monkeypatch, capsys):
     assert max(four) - min(four) < 0.1
     table = out.with_suffix(".md").read_text()
     assert "| refined |" in table and "| squared_output |" in table and "2 draws" in table
+    assert "No plan has 3 bits" in table
     assert not list(tmp_path.glob("*.partial.json"))
 
 
