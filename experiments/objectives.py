@@ -16,10 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from results_file import write_table
 
@@ -47,6 +48,8 @@ FORMATS = ("w8a8", "w4a8")
 SAVED = ("signed", "upper_bound", "squared")
 REFINED, RANDOM, UNIFORM = "refined", "random", "uniform"
 RANDOM_PLANS = 3
+PASSES = 3
+"""Batches that passes are timed on."""
 
 
 def main() -> None:
@@ -85,6 +88,7 @@ def main() -> None:
             config = with_batch_size(config, graph, task)
             simulator = Simulator(graph, task.loss)
         rows = draw(config, graph, simulator, task, args)
+        rows[0]["passes"] = pass_seconds(config, graph, simulator, task)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps({"settings": settings, "rows": rows}))
         for row in rows:
@@ -158,12 +162,52 @@ def draw(
         except InfeasibleBudgetError as error:
             print(f"{bits:g} bits: {error}", flush=True)
             continue
-        if bits in (4, 8):
-            plans[UNIFORM] = [jr.uniform(scores.table, f"w{bits:g}a8")]
+        plans[UNIFORM] = [jr.uniform(scores.table, "w8a8" if bits >= 8 else "w4a8")]
         for name, chosen in plans.items():
             row = {"seed": config.seed, "bits": bits, "objective": name}
             rows.append(row | judge.mean(chosen) | {"seconds": seconds.get(name)})
     return rows
+
+
+def pass_seconds(config: Any, graph: Graph, simulator: Simulator, task: Task) -> dict[str, float]:
+    """Seconds per example without compilation, on some selection examples: a training step's
+    gradient, the tangent's scores, and a round of refinement.
+    """
+    params, some = task.load_params(), list(batches(task.split("selection"), config.batch_size))
+    first, *rest = some[: PASSES + 1]
+    examples = sum(len(targets) for _, targets in rest)
+    ranges = jr.calibrate(graph, params, [first[0]])
+
+    def mean_loss(params: Any, inputs: Any, targets: Any) -> Any:
+        return task.loss(graph.apply(params, inputs), targets).mean()
+
+    gradient = jax.jit(jax.grad(mean_loss))
+
+    def after_first() -> Iterator[Any]:
+        """The batches; the clock starts behind the first, which compiles."""
+        nonlocal clock
+        yield first
+        clock = time.perf_counter()
+        yield from rest
+
+    found, clock = {}, 0.0
+    for inputs, targets in after_first():
+        jax.block_until_ready(gradient(params, inputs, targets))
+    found["training gradient"] = time.perf_counter() - clock
+    jr.score(graph, params, after_first(), task.loss, ranges)
+    found["tangent"] = time.perf_counter() - clock
+    simulation = simulator.on(params, ranges, rest)
+    known, new = (jr.uniform(jr.tabulate(graph), name) for name in FORMATS)
+    simulation.attribute(known)
+    simulation.change(known)
+    clock = time.perf_counter()
+    simulation.change(new)
+    change = time.perf_counter() - clock
+    clock = time.perf_counter()
+    simulation.attribute(new)
+    # A round attributes one plan, and measures its own and those of two folds.
+    found["secant round"] = time.perf_counter() - clock + 3 * change
+    return {name: seconds / examples for name, seconds in found.items()}
 
 
 class Judge:
@@ -253,6 +297,18 @@ def markdown(rows: list[dict[str, Any]], asked: Sequence[float] = ()) -> list[st
         "the refined plan is better. Seconds: the objective's pass over the selection data, "
     )
     lines[-1] += "compilation included in the first draw; medians."
+    passes = [row["passes"] for row in rows if "passes" in row]
+    if passes:
+        ratios = {
+            name: np.median([each[name] / each["training gradient"] for each in passes])
+            for name in ("tangent", "secant round")
+        }
+        lines += [
+            "",
+            "Without compilation, over a training step's gradient on the same examples (medians): "
+            + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+            + ".",
+        ]
     if absent := [f"{bits:g}" for bits in asked if bits not in budgets]:
         lines += ["", f"No plan has {' or '.join(absent)} bits: int4 is the narrowest format."]
     return lines

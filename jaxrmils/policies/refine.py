@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -38,6 +38,9 @@ from jaxrmils.policies.simulation import Simulation
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import Scores
 from jaxrmils.statistics import Interval, group_numbers, mean_interval
+
+Guard = Literal["mean", "chance"]
+"""When a uniform plan of the budget rules another one out: see `refined`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +92,7 @@ class Refined:
     """The result of `refined`.
 
     Attributes:
-      plan: the plan: on the selection examples no worse, beyond chance, than any of `uniforms`.
+      plan: the plan: on the selection examples no worse than any of `uniforms`, see `guard`.
       selection: its measured joint change on the selection examples: no evidence, since they chose
         it.
       estimate: its cross-fitted change; for a uniform plan, its `estimate`.
@@ -121,6 +124,7 @@ def refined(
     radius: int | None = None,
     folds: int = 2,
     seed: int = 0,
+    guard: Guard = "mean",
     rounding: Roundings = "nearest",
     formats: Sequence[str] = DEFAULT_FORMATS,
     skip: Sequence[str] = (),
@@ -149,6 +153,10 @@ def refined(
         not.
       folds: parts that the examples are dealt to for cross-fitting.
       seed: of the dealing.
+      guard: what a plan must not be, against any uniform plan of the budget, on the selection
+        examples: "mean", of a higher mean loss; "chance", of a higher mean loss beyond chance, by
+        the 95 % interval of the paired difference. The second does not fall for a uniform plan
+        that a few noisy examples happen to like.
       rounding, formats, skip, force, groups, capabilities, latency, time_limit: as for `budget`.
       clusters: [N], the group of each example, where examples depend on each other: a group is
         never on both sides of a cross-fit, and standard errors are the groups'.
@@ -183,6 +191,8 @@ def refined(
     allowed = [*rules.allowed().values(), *rules.force.values()]
     simulation = simulation.holding(allowed)
     _check(simulation, scores, rounds, radius, folds)
+    if guard not in get_args(Guard):
+        raise PlanError(f"guard {guard!r}; expected one of {', '.join(get_args(Guard))}")
     options = layer_options(scores, allowed, rounding)
     numbers = None if clusters is None else group_numbers(clusters, len(scores))
     sides = sides_of(len(scores), folds, numbers, seed)
@@ -203,7 +213,7 @@ def refined(
     chains = search.learn_formats(chains, progress)
     radius = radius or math.ceil(len(costs.options) / 2)
     steps = list(progress(search.steps(chains, rounds, radius), "refining plans", rounds + 1))
-    return _Writer(search, rules, limits, clusters).result(steps)
+    return _Writer(search, rules, limits, clusters, guard).result(steps)
 
 
 def _check(
@@ -246,10 +256,11 @@ class _Writer:
     rules: Rules
     limits: Limits
     clusters: Any
+    guard: Guard
 
     def result(self, steps: Sequence[Step]) -> Refined:
-        """Of the plans that no uniform plan beats beyond chance, the one whose estimate has the
-        lowest upper end: with few examples, a plan whose noise is large is often lucky.
+        """Of the plans that no uniform plan beats, the one whose estimate has the lowest upper end:
+        with few examples, a plan whose noise is large is often lucky.
         """
         rounds = tuple(self._round(step) for step in steps)
         uniforms = tuple(
@@ -284,7 +295,9 @@ class _Writer:
         return Refined(plan, best.selection, estimate, chosen, rounds, uniforms)
 
     def _unbeaten(self, change: np.ndarray, naive: Sequence[np.ndarray]) -> bool:
-        """Is a plan with these changes not worse, beyond chance, than any of the naive ones?"""
+        """Is a plan with these changes not worse than any of the naive ones?"""
+        if self.guard == "mean":
+            return all(change.mean() <= other.mean() for other in naive)
         return all(self._interval(change - other).lower <= 0 for other in naive)
 
     def _round(self, step: Step) -> Round:

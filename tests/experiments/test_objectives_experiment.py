@@ -28,13 +28,14 @@ def test_every_objective_has_a_row(tmp_path, monkeypatch, capsys):
     for seed in (100, 101):
         for bits in (4.0, 6.0):
             found = {r["objective"] for r in rows if (r["seed"], r["bits"]) == (seed, bits)}
-            assert found == names | ({"uniform"} if bits == 4.0 else set())
+            assert found == {*names, "uniform"}
     assert all(isinstance(row["change"], float) and "Acc@1 drop" in row for row in rows)
     # At 4 bits there is one assignment: all agree but for what stays without a weight.
     four = [r["change"] for r in rows if (r["seed"], r["bits"]) == (100, 4.0)]
     assert max(four) - min(four) < 0.1
     table = out.with_suffix(".md").read_text()
     assert "| refined |" in table and "| squared_output |" in table and "2 draws" in table
+    assert table.count("a training step's gradient") == 1 and ": tangent " in table
     assert "No plan has 3 bits" in table
     assert not list(tmp_path.glob("*.partial.json"))
 

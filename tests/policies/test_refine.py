@@ -132,9 +132,10 @@ def test_what_the_tangent_knows_is_not_made_worse():
         ]
     ),
     st.booleans(),
+    st.sampled_from(["mean", "chance"]),
 )
-def test_uniform_plans_never_beat_it_beyond_chance_and_it_keeps_to_the_budget(
-    seed, strength, limits, held
+def test_uniform_plans_never_beat_it_and_it_keeps_to_the_budget(
+    seed, strength, limits, held, guard
 ):
     network = Invented(seed, {("a", "c"): strength}, examples=40, sizes=SIZES[:4])
     rng = np.random.default_rng(seed)
@@ -149,7 +150,13 @@ def test_uniform_plans_never_beat_it_beyond_chance_and_it_keeps_to_the_budget(
     )
     force = {"a": "w4a8"} if held else {}
     found = refine(
-        network, limits, objective=wild, formats=(*FORMATS, "w4a4"), force=force, rounds=2
+        network,
+        limits,
+        objective=wild,
+        formats=(*FORMATS, "w4a4"),
+        force=force,
+        rounds=2,
+        guard=guard,
     )
     plans = [found.plan, *(r.plan for r in found.rounds), *(u.plan for u in found.uniforms)]
     for plan in plans:
@@ -160,6 +167,7 @@ def test_uniform_plans_never_beat_it_beyond_chance_and_it_keeps_to_the_budget(
         plan = uniform(network.table, name, force=force)
         if fits(network.table, plan.layers, limits):
             worse = network.change(found.plan) - network.change(plan)
+            assert guard == "chance" or worse.mean() <= 1e-12
             assert worse.mean() - 2.03 * worse.std(ddof=1) / np.sqrt(40) <= 1e-12
             assert name in {u.format for u in found.uniforms}
     assert found.uniform is None or found.uniform.selection.mean == min(
@@ -254,8 +262,11 @@ def test_luck_of_the_first_order_chooses_nothing():
     assert found.estimate.mean > lucky + 2 * found.estimate.standard_error
 
 
-@pytest.mark.parametrize(("noise", "taken"), [(10.0, False), (0.01, True)])
-def test_a_uniform_plan_that_is_only_lucky_is_not_taken(noise, taken):
+@pytest.mark.parametrize(
+    ("guard", "noise", "taken"),
+    [("chance", 10.0, False), ("chance", 0.01, True), ("mean", 10.0, True), ("mean", 0.01, True)],
+)
+def test_by_chance_a_uniform_plan_that_is_only_lucky_is_not_taken(guard, noise, taken):
     class Lucky(Invented):
         def change(self, plan):
             found = super().change(plan)
@@ -264,7 +275,7 @@ def test_a_uniform_plan_that_is_only_lucky_is_not_taken(noise, taken):
                 found = found + noise * (luck - luck.mean()) - found.mean() - 0.5
             return found
 
-    found = refine(Lucky(0), LIMITS)
+    found = refine(Lucky(0), LIMITS, guard=guard)
     # The least measured change is the uniform plan's, either way.
     assert found.uniform.selection.mean == pytest.approx(-0.5)
     assert found.selection.mean == pytest.approx(-0.5) or not taken
@@ -296,6 +307,7 @@ def test_the_programme_keeps_to_a_trust_region(model, radius, random):
     [
         ({"rounds": -1}, PlanError, "rounds -1"),
         ({"folds": 1}, PlanError, "folds 1"),
+        ({"guard": "luck"}, PlanError, "guard 'luck'; expected one of mean, chance"),
         ({"radius": 0}, PlanError, "radius 0"),
         ({"objective": "signed"}, PlanError, "not negative"),
         ({"objective": "nonsense"}, PlanError, "objective 'nonsense'"),
