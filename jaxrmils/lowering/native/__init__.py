@@ -1,0 +1,1 @@
+"""Integer kernels in C++ for CPUs, which rescale and quantize sums before they are written."""

@@ -1,0 +1,294 @@
+"""Integer products with what follows them, in one pass over memory.
+
+A product of codes gives int32 sums, which are rescaled, added to, clamped and made codes again.
+XLA:CPU writes the sums and reads them back; these kernels finish a few rows at a time, while
+their sums are in registers. With sums S over taps and channels and output channel o,
+
+    y = float32(S + correction[o]) * scale[o] + offset[o] + residual, between low and high,
+
+every operation rounded to float32 on its own, in this order. The result is y, or its codes
+
+    clip(round(y / grid_scale) + grid_zero_point, -128, 127)
+
+with half rounded to even, as `jaxrmils.numerics.quantize` makes them. Sums are exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int8, Int32
+
+from jaxrmils.lowering.integer_dot import check_accumulator, code_bound
+from jaxrmils.lowering.native import build
+from jaxrmils.lowering.native.packing import (
+    PackedConv,
+    PackedDepthwise,
+    PackedDot,
+    pack_conv,
+    pack_depthwise,
+    pack_dot,
+)
+from jaxrmils.lowering.sites import LoweringError
+
+__all__ = [
+    "Epilogue",
+    "PackedConv",
+    "PackedDepthwise",
+    "PackedDot",
+    "available",
+    "conv",
+    "depthwise",
+    "dot",
+    "pack_conv",
+    "pack_depthwise",
+    "pack_dot",
+]
+
+Grid = tuple[Float32[Array, ""], Int32[Array, ""]]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["scale", "offset", "correction", "residual", "residual_grid", "grid"],
+    meta_fields=["low", "high"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Epilogue:
+    """What follows a product; the module says in what order.
+
+    Attributes:
+        scale: factor of every output channel.
+        offset: added to every output channel, after the factor.
+        correction: added to the int32 sums, usually -x_zero times the sums of the weights.
+        residual: added then, of the output's shape: float32, or int8 codes.
+        residual_grid: scale and zero point of a residual in codes, which stands for
+            scale * (code - zero point).
+        low: smallest value (static).
+        high: largest value (static).
+        grid: scale and zero point of the result's codes; None for a result in float32.
+    """
+
+    scale: Float32[Array, " o"]
+    offset: Float32[Array, " o"]
+    correction: Int32[Array, " o"]
+    residual: Array | None = None
+    residual_grid: Grid | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    grid: Grid | None = None
+
+
+def available() -> str | None:
+    """None if the kernels can be used here, else why not.
+
+    Compiles them if this was not done yet, which takes several seconds.
+    """
+    if jax.default_backend() != "cpu":
+        return f"native kernels run on CPU, and the default backend is {jax.default_backend()}"
+    try:
+        build.load()
+    except LoweringError as error:
+        return str(error)
+    return None
+
+
+def conv(
+    x: Int8[Array, "n h w c"],
+    packed: PackedConv,
+    epilogue: Epilogue,
+    *,
+    x_zero: Int32[Array, ""],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int] = (1, 1),
+) -> Array:
+    """A dense two-dimensional convolution and what follows it.
+
+    Args:
+        x: codes of the input.
+        packed: the weights, from `pack_conv`.
+        epilogue: what follows; its vectors have one value per output channel.
+        x_zero: zero point of the input, which padding holds; int32.
+        strides: along height and width.
+        padding: (low, high) along height and width; negative values crop.
+        dilation: of the kernel, along height and width.
+
+    Returns:
+        [n, oh, ow, o]: int8 codes if the epilogue has a grid, else float32.
+
+    Raises:
+        LoweringError: if the kernels cannot be compiled.
+        TypeError: if a dtype is not what it should be.
+        ValueError: if shapes do not fit, or sums could overflow int32.
+    """
+    kh, kw, c, o = packed.shape
+    shape = _output_shape(x, (kh, kw, c), strides, padding, dilation)
+    check_accumulator(kh * kw * c, code_bound(8, zero_point=True), code_bound(8, zero_point=False))
+    window = _window((kh, kw), strides, padding, dilation)
+    return _call("jaxrmils_conv", x, packed, epilogue, (*shape, o), x_zero, window)
+
+
+def depthwise(
+    x: Int8[Array, "n h w c"],
+    packed: PackedDepthwise,
+    epilogue: Epilogue,
+    *,
+    x_zero: Int32[Array, ""],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int] = (1, 1),
+) -> Array:
+    """A depthwise two-dimensional convolution, multiplier 1, and what follows it.
+
+    Args:
+        x: codes of the input.
+        packed: the weights, from `pack_depthwise`.
+        epilogue: what follows; its vectors have one value per channel.
+        x_zero: zero point of the input, which padding holds; int32.
+        strides: along height and width.
+        padding: (low, high) along height and width; negative values crop.
+        dilation: of the kernel, along height and width.
+
+    Returns:
+        [n, oh, ow, c]: int8 codes if the epilogue has a grid, else float32.
+
+    Raises:
+        LoweringError: if the kernels cannot be compiled.
+        TypeError: if a dtype is not what it should be.
+        ValueError: if shapes do not fit, or sums could overflow int32.
+    """
+    kh, kw, c = packed.shape
+    shape = _output_shape(x, (kh, kw, c), strides, padding, dilation)
+    check_accumulator(kh * kw, code_bound(8, zero_point=True), code_bound(8, zero_point=False))
+    window = _window((kh, kw), strides, padding, dilation)
+    return _call("jaxrmils_depthwise", x, packed, epilogue, (*shape, c), x_zero, window)
+
+
+def dot(x: Int8[Array, "m k"], packed: PackedDot, epilogue: Epilogue) -> Array:
+    """Rows of codes times a matrix of weights, and what follows.
+
+    Args:
+        x: codes of the rows.
+        packed: the weights, from `pack_dot`.
+        epilogue: what follows; its vectors have one value per column.
+
+    Returns:
+        [m, n]: int8 codes if the epilogue has a grid, else float32.
+
+    Raises:
+        LoweringError: if the kernels cannot be compiled.
+        TypeError: if a dtype is not what it should be.
+        ValueError: if shapes do not fit, or sums could overflow int32.
+    """
+    k, n = packed.shape
+    if x.ndim != 2 or x.shape[1] != k:
+        raise ValueError(f"x must be [m, {k}] for weights of shape {packed.shape}, got {x.shape}")
+    check_accumulator(k, code_bound(8, zero_point=True), code_bound(8, zero_point=False))
+    return _call("jaxrmils_dot", x, packed, epilogue, (x.shape[0], n), None, {})
+
+
+def _output_shape(
+    x: Array,
+    kernel: tuple[int, int, int],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> tuple[int, int, int]:
+    """Batch, height and width of a convolution's result."""
+    *taps, channels = kernel
+    if x.ndim != 4 or x.shape[3] != channels:
+        raise ValueError(f"x must be [n, h, w, {channels}] for its weights, found shape {x.shape}")
+    if not len(strides) == len(padding) == len(dilation) == 2:
+        raise ValueError(
+            "strides, padding and dilation must have two entries, found "
+            f"{tuple(strides)}, {tuple(padding)} and {tuple(dilation)}"
+        )
+    if min(*strides, *dilation) < 1:
+        raise ValueError(
+            f"strides {tuple(strides)} and dilation {tuple(dilation)} must be at least 1"
+        )
+    sizes = [
+        max(0, (size + low + high - (t - 1) * d - 1) // stride + 1)
+        for size, t, stride, (low, high), d in zip(
+            x.shape[1:3], taps, strides, padding, dilation, strict=True
+        )
+    ]
+    return x.shape[0], sizes[0], sizes[1]
+
+
+def _window(
+    kernel: tuple[int, int],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> dict[str, np.ndarray]:
+    """A convolution's geometry as the kernels read it; the output's shape says the rest."""
+    low = [low for low, _ in padding]
+    values = {"kernel": kernel, "strides": strides, "low_padding": low, "dilation": dilation}
+    return {name: np.asarray(value, np.int64) for name, value in values.items()}
+
+
+def _call(
+    target: str,
+    x: Array,
+    packed: PackedConv | PackedDepthwise | PackedDot,
+    epilogue: Epilogue,
+    shape: tuple[int, ...],
+    x_zero: Array | None,
+    window: dict[str, Any],
+) -> Array:
+    """Checks the operands that all kernels share, and calls one."""
+    _check("x", x, jnp.int8, x.shape)
+    for name, dtype in (("scale", jnp.float32), ("offset", jnp.float32), ("correction", jnp.int32)):
+        _check(f"epilogue.{name}", getattr(epilogue, name), dtype, shape[-1:])
+    result = jax.ShapeDtypeStruct(shape, jnp.float32 if epilogue.grid is None else jnp.int8)
+    # A residual without elements stands for none.
+    residual = jnp.zeros((0,), jnp.int8)
+    if epilogue.residual is not None:
+        residual = epilogue.residual
+        dtype = jnp.float32 if epilogue.residual_grid is None else jnp.int8
+        _check("epilogue.residual", residual, dtype, shape)
+    operands = [
+        x,
+        packed.values,
+        packed.sums,
+        epilogue.scale,
+        epilogue.offset,
+        epilogue.correction,
+        residual,
+        *_grid("epilogue.residual_grid", epilogue.residual_grid),
+        *_grid("epilogue.grid", epilogue.grid),
+    ]
+    if x_zero is not None:
+        x_zero = jnp.asarray(x_zero, jnp.int32)
+        _check("x_zero", x_zero, jnp.int32, ())
+        operands.append(x_zero)
+    if 0 in shape:
+        return jnp.zeros(result.shape, result.dtype)
+    build.load()
+    call = jax.ffi.ffi_call(target, result, vmap_method="sequential")
+    return call(*operands, low=np.float32(epilogue.low), high=np.float32(epilogue.high), **window)
+
+
+def _grid(name: str, grid: Grid | None) -> Grid:
+    if grid is None:
+        return jnp.ones((), jnp.float32), jnp.zeros((), jnp.int32)
+    scale, zero_point = jnp.asarray(grid[0]), jnp.asarray(grid[1])
+    _check(f"the scale of {name}", scale, jnp.float32, ())
+    _check(f"the zero point of {name}", zero_point, jnp.int32, ())
+    return scale, zero_point
+
+
+def _check(name: str, value: Array, dtype: Any, shape: tuple[int, ...]) -> None:
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {jnp.dtype(dtype).name}, found {value.dtype}")
+    if value.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, found {value.shape}")

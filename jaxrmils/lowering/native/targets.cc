@@ -1,0 +1,126 @@
+// What XLA calls. Shapes are checked in kernels.py.
+
+#include "conv.h"
+#include "depthwise.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace jaxrmils {
+namespace {
+
+using Codes = ffi::Buffer<ffi::S8>;
+using Ints = ffi::Buffer<ffi::S32>;
+using Floats = ffi::Buffer<ffi::F32>;
+
+Epilogue epilogue(Ints sums, Floats scale, Floats offset, Ints correction,
+                  ffi::AnyBuffer residual, Floats residual_scale, Ints residual_zero,
+                  Floats out_scale, Ints out_zero, float low, float high, ffi::AnyBuffer out) {
+  Epilogue e;
+  e.set_channels(int64_t(scale.element_count()), scale.typed_data(), offset.typed_data(),
+                 correction.typed_data(), sums.typed_data());
+  // A residual of another size than the result stands for none.
+  if (residual.element_count() == out.element_count()) {
+    e.kind = residual.element_type() == ffi::S8 ? Residual::kCodes : Residual::kFloat;
+    e.residual = residual.untyped_data();
+    e.residual_scale = *residual_scale.typed_data();
+    e.residual_zero = *residual_zero.typed_data();
+  }
+  e.low = low;
+  e.high = high;
+  e.codes = out.element_type() == ffi::S8;
+  e.out_scale = *out_scale.typed_data();
+  e.out_zero = *out_zero.typed_data();
+  e.out = out.untyped_data();
+  e.close();
+  return e;
+}
+
+Window window(Codes x, ffi::AnyBuffer out, ffi::Span<const int64_t> kernel,
+              ffi::Span<const int64_t> strides, ffi::Span<const int64_t> low_padding,
+              ffi::Span<const int64_t> dilation) {
+  const auto in = x.dimensions(), to = out.dimensions();
+  return {in[0],      in[1],      in[2],          in[3],          kernel[0],   kernel[1], strides[0],
+          strides[1], low_padding[0], low_padding[1], dilation[0], dilation[1], to[1],     to[2]};
+}
+
+ffi::Error dot_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints sums, Floats scale,
+                      Floats offset, Ints correction, ffi::AnyBuffer residual,
+                      Floats residual_scale, Ints residual_zero, Floats out_scale, Ints out_zero,
+                      ffi::Result<ffi::AnyBuffer> out, float low, float high) {
+  const Epilogue e = epilogue(sums, scale, offset, correction, residual, residual_scale,
+                              residual_zero, out_scale, out_zero, low, high, *out);
+  const auto packed = weights.dimensions(), in = x.dimensions();
+  dot(pool, in[0], in[1], x.typed_data(), {weights.typed_data(), packed[1], packed[0]}, e);
+  return ffi::Error::Success();
+}
+
+ffi::Error conv_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints sums, Floats scale,
+                       Floats offset, Ints correction, ffi::AnyBuffer residual,
+                       Floats residual_scale, Ints residual_zero, Floats out_scale,
+                       Ints out_zero, Ints x_zero, ffi::Result<ffi::AnyBuffer> out, float low,
+                       float high, ffi::Span<const int64_t> kernel,
+                       ffi::Span<const int64_t> strides, ffi::Span<const int64_t> low_padding,
+                       ffi::Span<const int64_t> dilation) {
+  const Epilogue e = epilogue(sums, scale, offset, correction, residual, residual_scale,
+                              residual_zero, out_scale, out_zero, low, high, *out);
+  const auto packed = weights.dimensions();
+  convolve(pool, window(x, *out, kernel, strides, low_padding, dilation), x.typed_data(),
+           int8_t(*x_zero.typed_data()), {weights.typed_data(), packed[1], packed[0]}, e);
+  return ffi::Error::Success();
+}
+
+ffi::Error depthwise_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints sums,
+                            Floats scale, Floats offset, Ints correction, ffi::AnyBuffer residual,
+                            Floats residual_scale, Ints residual_zero, Floats out_scale,
+                            Ints out_zero, Ints x_zero, ffi::Result<ffi::AnyBuffer> out,
+                            float low, float high, ffi::Span<const int64_t> kernel,
+                            ffi::Span<const int64_t> strides,
+                            ffi::Span<const int64_t> low_padding,
+                            ffi::Span<const int64_t> dilation) {
+  const Epilogue e = epilogue(sums, scale, offset, correction, residual, residual_scale,
+                              residual_zero, out_scale, out_zero, low, high, *out);
+  const auto packed = weights.dimensions();
+  depthwise(pool, window(x, *out, kernel, strides, low_padding, dilation), x.typed_data(),
+            int8_t(*x_zero.typed_data()), {weights.typed_data(), packed[1], packed[0]}, e);
+  return ffi::Error::Success();
+}
+
+// The operands that all targets share.
+auto binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Codes>()           // x
+      .Arg<Codes>()           // weights
+      .Arg<Ints>()            // sums of the weights
+      .Arg<Floats>()          // scale
+      .Arg<Floats>()          // offset
+      .Arg<Ints>()            // correction
+      .Arg<ffi::AnyBuffer>()  // residual
+      .Arg<Floats>()          // its scale
+      .Arg<Ints>()            // its zero point
+      .Arg<Floats>()          // the result's scale
+      .Arg<Ints>();           // the result's zero point
+}
+
+auto window_binding() {
+  return binding()
+      .Arg<Ints>()  // x_zero
+      .Ret<ffi::AnyBuffer>()
+      .Attr<float>("low")
+      .Attr<float>("high")
+      .Attr<ffi::Span<const int64_t>>("kernel")
+      .Attr<ffi::Span<const int64_t>>("strides")
+      .Attr<ffi::Span<const int64_t>>("low_padding")
+      .Attr<ffi::Span<const int64_t>>("dilation");
+}
+
+}  // namespace
+}  // namespace jaxrmils
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jaxrmils_dot, jaxrmils::dot_target,
+    jaxrmils::binding().Ret<ffi::AnyBuffer>().Attr<float>("low").Attr<float>("high"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrmils_conv, jaxrmils::conv_target, jaxrmils::window_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrmils_depthwise, jaxrmils::depthwise_target,
+                              jaxrmils::window_binding());

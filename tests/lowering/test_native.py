@@ -1,0 +1,342 @@
+"""The C++ kernels against numpy: sums in int64, what follows in float32, bit for bit."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrmils.lowering.native import build, kernels
+from jaxrmils.lowering.native.kernels import (
+    Epilogue,
+    conv,
+    depthwise,
+    dot,
+    pack_conv,
+    pack_depthwise,
+    pack_dot,
+)
+from jaxrmils.lowering.sites import LoweringError
+from jaxrmils.numerics import QuantParams, quantize
+
+REASON = kernels.available()
+needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+def random_codes(rng, shape, extreme=False):
+    codes = rng.integers(-128, 128, shape)
+    return (
+        np.where(rng.random(shape) < 0.5, np.sign(codes + 0.5) * 127.5 - 0.5, codes).astype(np.int8)
+        if extreme
+        else codes.astype(np.int8)
+    )
+
+
+def random_epilogue(rng, shape, *, residual, clamp, codes, spread):
+    """An epilogue for sums of about `spread`, whose codes use their range."""
+    channels = shape[-1]
+    values = {
+        "scale": (rng.uniform(0.5, 2, channels) / spread).astype(np.float32),
+        "offset": rng.normal(size=channels).astype(np.float32),
+        "correction": rng.integers(-spread, spread + 1, channels).astype(np.int32),
+    }
+    if residual == "float32":
+        values["residual"] = rng.normal(size=shape).astype(np.float32)
+    elif residual == "codes":
+        values["residual"] = random_codes(rng, shape)
+        values["residual_grid"] = (np.float32(0.013), np.int32(-7))
+    if codes:
+        values["grid"] = (np.float32(rng.uniform(0.01, 0.05)), np.int32(rng.integers(-128, 128)))
+    low, high = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "both": (-0.5, 1.0)}[clamp]
+    return Epilogue(**jax.tree.map(jnp.asarray, values), low=low, high=high)
+
+
+def finished(sums, epilogue):
+    """What an epilogue makes of int64 sums, in numpy."""
+    e = jax.tree.map(np.asarray, epilogue)
+    total = sums + e.correction
+    assert np.abs(total).max(initial=0) < 2**31
+    y = total.astype(np.int32).astype(np.float32) * e.scale + e.offset
+    if e.residual is not None:
+        r = e.residual
+        if e.residual_grid is not None:
+            r = e.residual_grid[0] * (r.astype(np.int32) - e.residual_grid[1]).astype(np.float32)
+        y = y + r
+    y = np.minimum(np.maximum(y, np.float32(e.low)), np.float32(e.high))
+    assert y.dtype == np.float32
+    if e.grid is None:
+        return y
+    codes = np.rint(y / e.grid[0]) + e.grid[1].astype(np.float32)
+    return np.clip(codes, -128, 127).astype(np.int8)
+
+
+def conv_sums(x, w, x_zero, strides, padding, dilation):
+    """out[n, i, j, o] = sum over taps and channels of the padded input times the weights."""
+    (top, bottom), (left, right) = padding
+    wide = np.pad(
+        x.astype(np.int64),
+        ((0, 0), (max(top, 0), max(bottom, 0)), (max(left, 0), max(right, 0)), (0, 0)),
+        constant_values=x_zero,
+    )
+    wide = wide[:, max(-top, 0) : wide.shape[1] - max(-bottom, 0)]
+    wide = wide[:, :, max(-left, 0) : wide.shape[2] - max(-right, 0)]
+    oh, ow = (
+        max(0, (n - (t - 1) * d - 1) // s + 1)
+        for n, t, s, d in zip(wide.shape[1:3], w.shape[:2], strides, dilation, strict=True)
+    )
+    depthwise = w.shape[2] == 1 and w.shape[3] == x.shape[3]
+    out = np.zeros((x.shape[0], oh, ow, w.shape[3]), np.int64)
+    if out.size == 0:
+        return out
+    for kh in range(w.shape[0]):
+        for kw in range(w.shape[1]):
+            rows = slice(kh * dilation[0], kh * dilation[0] + (oh - 1) * strides[0] + 1, strides[0])
+            cols = slice(kw * dilation[1], kw * dilation[1] + (ow - 1) * strides[1] + 1, strides[1])
+            part, taps = wide[:, rows, cols], w[kh, kw].astype(np.int64)
+            out += part * taps[0] if depthwise else np.einsum("nijc,co->nijo", part, taps)
+    return out
+
+
+def assert_same(actual, expected):
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(np.asarray(actual), expected)
+
+
+epilogues = st.fixed_dictionaries(
+    {
+        "residual": st.sampled_from(["none", "float32", "codes"]),
+        "clamp": st.sampled_from(["none", "relu", "both"]),
+        "codes": st.booleans(),
+    }
+)
+seeds = st.integers(0, 2**32 - 1)
+paddings = st.tuples(*[st.tuples(st.integers(-1, 3), st.integers(-1, 3))] * 2)
+small = st.tuples(st.integers(1, 3), st.integers(1, 3))
+windows = st.fixed_dictionaries({"strides": small, "padding": paddings, "dilation": small})
+sizes = st.tuples(st.integers(1, 2), st.integers(1, 12), st.integers(1, 12))
+
+
+def check_dot(m, k, n, seed, extreme, choices):
+    rng = np.random.default_rng(seed)
+    x, w = random_codes(rng, (m, k), extreme), random_codes(rng, (k, n), extreme)
+    epilogue = random_epilogue(rng, (m, n), spread=5000 * math.isqrt(k), **choices)
+    actual = jax.jit(dot)(jnp.asarray(x), pack_dot(jnp.asarray(w)), epilogue)
+    assert_same(actual, finished(x.astype(np.int64) @ w.astype(np.int64), epilogue))
+
+
+def check_conv(shape, kernel, features, window, seed, extreme, choices):
+    """`features` None: depthwise."""
+    rng = np.random.default_rng(seed)
+    c = shape[-1]
+    x = random_codes(rng, shape, extreme)
+    w = random_codes(rng, (*kernel, 1 if features is None else c, features or c), extreme)
+    x_zero = int(rng.integers(-128, 128))
+    sums = conv_sums(x, w, x_zero, **window)
+    products = math.prod(kernel) * (1 if features is None else c)
+    epilogue = random_epilogue(rng, sums.shape, spread=5000 * math.isqrt(products), **choices)
+    run, pack = (depthwise, pack_depthwise) if features is None else (conv, pack_conv)
+    function = jax.jit(lambda x, w, e, z: run(x, w, e, x_zero=z, **window))
+    actual = function(jnp.asarray(x), pack(jnp.asarray(w)), epilogue, jnp.int32(x_zero))
+    assert_same(actual, finished(sums, epilogue))
+
+
+@needs_kernels
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 150), seeds, st.booleans(), epilogues)
+def test_dots_equal_numpy(m, k, n, seed, extreme, choices):
+    check_dot(m, k, n, seed, extreme, choices)
+
+
+@needs_kernels
+@settings(max_examples=30, deadline=None)
+@given(sizes, st.integers(1, 40), small, st.integers(1, 70), windows, seeds, st.booleans(),
+       epilogues)  # fmt: skip
+def test_convolutions_equal_numpy(size, c, kernel, o, window, seed, extreme, choices):
+    check_conv((*size, c), kernel, o, window, seed, extreme, choices)
+
+
+@needs_kernels
+@settings(max_examples=30, deadline=None)
+@given(sizes, st.integers(2, 150), st.tuples(st.integers(1, 5), st.integers(1, 5)), windows, seeds,
+       st.booleans(), epilogues)  # fmt: skip
+def test_depthwise_convolutions_equal_numpy(size, c, kernel, window, seed, extreme, choices):
+    check_conv((*size, c), kernel, None, window, seed, extreme, choices)
+
+
+PLAIN = {"residual": "none", "clamp": "none", "codes": True}
+SAME = {"strides": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}
+HALVED = {"strides": (2, 2), "padding": ((0, 1), (0, 1)), "dilation": (1, 1)}
+POINTWISE = {"strides": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1)}
+STEM = {"strides": (2, 2), "padding": ((3, 3), (3, 3)), "dilation": (1, 1)}
+
+
+# Large enough for several threads, and for more than one chunk of rows or group of channels.
+@needs_kernels
+@pytest.mark.parametrize(
+    ("shape", "kernel", "features", "window"),
+    [
+        ((1, 56, 56, 64), (3, 3), 64, SAME),
+        ((1, 7, 7, 512), (3, 3), 512, SAME),
+        ((2, 112, 112, 3), (7, 7), 64, STEM),
+        ((1, 56, 56, 24), (1, 1), 144, POINTWISE),
+        ((1, 7, 7, 320), (1, 1), 1280, POINTWISE),
+        ((1, 112, 112, 96), (3, 3), None, HALVED),
+        ((2, 56, 56, 144), (3, 3), None, SAME),
+        ((1, 7, 7, 960), (3, 3), None, SAME),
+    ],
+)
+@pytest.mark.parametrize("residual", ["none", "codes"])
+def test_large_convolutions_equal_numpy(shape, kernel, features, window, residual):
+    check_conv(shape, kernel, features, window, 0, False, {**PLAIN, "residual": residual})
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 4096, 1000), (3, 1024, 4096), (128, 768, 3072), (200, 3072, 768)]
+)
+def test_large_dots_equal_numpy(m, k, n):
+    check_dot(m, k, n, 0, False, PLAIN)
+
+
+@needs_kernels
+def test_codes_are_those_of_quantize_at_ties():
+    """Sums that land on halves of steps, and quotients next to them."""
+    k, n = 1, 4096
+    x, w = np.ones((1, k), np.int8), np.zeros((k, n), np.int8)
+    for scale in (0.5, 0.1, 0.3, 1 / 3, 0.0123, 7.7e-20, 3.3e22):
+        scale = np.float32(scale)
+        halves = (np.arange(n) % 512 - 255.5).astype(np.float32) * scale
+        steps = np.arange(n) // 512 - 4  # units in the last place off
+        offset = halves + steps.astype(np.float32) * np.spacing(halves)
+        for zero_point in (-128, 3, 127):
+            grid = (jnp.float32(scale), jnp.int32(zero_point))
+            ones, none = jnp.ones(n, jnp.float32), jnp.zeros(n, jnp.int32)
+            epilogue = Epilogue(ones, jnp.asarray(offset), none, grid=grid)
+            actual = dot(jnp.asarray(x), pack_dot(jnp.asarray(w)), epilogue)[0]
+            params = QuantParams(*grid, bits=8, symmetric=False)
+            assert_same(actual, np.asarray(quantize(jnp.asarray(offset), params)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [3e38, -3e38, 1e20, -1e20, 0.0, -0.0, 1e-38])
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e30, 1.2e-38, 3e38])
+def test_codes_saturate(value, scale):
+    grid = (jnp.float32(scale), jnp.int32(5))
+    offset = jnp.full(20, value, jnp.float32)
+    epilogue = Epilogue(jnp.ones(20), offset, jnp.zeros(20, jnp.int32), grid=grid)
+    actual = dot(jnp.zeros((1, 4), jnp.int8), pack_dot(jnp.zeros((4, 20), jnp.int8)), epilogue)[0]
+    params = QuantParams(*grid, bits=8, symmetric=False)
+    assert_same(actual, np.asarray(quantize(offset, params)))
+
+
+@needs_kernels
+def test_under_vmap_as_one_by_one():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(random_codes(rng, (3, 2, 5, 5, 8)))
+    w = pack_conv(jnp.asarray(random_codes(rng, (3, 3, 8, 20))))
+    e = random_epilogue(rng, (2, 5, 5, 20), residual="codes", clamp="both", codes=True, spread=9000)
+    run = lambda x: conv(x, w, e, x_zero=jnp.int32(3), **SAME)  # noqa: E731
+    assert_same(jax.jit(jax.vmap(run))(x), np.stack([run(each) for each in x]))
+
+
+@needs_kernels
+def test_results_without_elements():
+    e = Epilogue(jnp.ones(3), jnp.ones(3), jnp.zeros(3, jnp.int32))
+    assert dot(jnp.zeros((0, 4), jnp.int8), pack_dot(jnp.ones((4, 3), jnp.int8)), e).shape == (0, 3)
+    w = pack_conv(jnp.ones((3, 3, 2, 3), jnp.int8))
+    out = conv(jnp.zeros((1, 2, 2, 2), jnp.int8), w, e, x_zero=jnp.int32(0), **POINTWISE)
+    assert out.shape == (1, 0, 0, 3)
+
+
+def dot_arguments():
+    e = Epilogue(jnp.ones(3), jnp.ones(3), jnp.zeros(3, jnp.int32))
+    return jnp.zeros((2, 4), jnp.int8), pack_dot(jnp.ones((4, 3), jnp.int8)), e
+
+
+def test_operands_are_checked():
+    x, w, e = dot_arguments()
+    with pytest.raises(ValueError, match=r"x must be \[m, 4\]"):
+        dot(x[:, :3], w, e)
+    with pytest.raises(TypeError, match="x must be int8, found int32"):
+        dot(x.astype(jnp.int32), w, e)
+    with pytest.raises(ValueError, match=r"epilogue\.scale must have shape \(3,\), found \(2,\)"):
+        dot(x, w, dataclasses.replace(e, scale=jnp.ones(2)))
+    with pytest.raises(TypeError, match=r"epilogue\.correction must be int32"):
+        dot(x, w, dataclasses.replace(e, correction=jnp.ones(3)))
+    with pytest.raises(TypeError, match=r"epilogue\.residual must be float32, found int8"):
+        dot(x, w, dataclasses.replace(e, residual=jnp.zeros((2, 3), jnp.int8)))
+    with pytest.raises(ValueError, match="can overflow int32"):
+        dot(jnp.zeros((1, 70_000), jnp.int8), pack_dot(jnp.zeros((70_000, 3), jnp.int8)), e)
+    with pytest.raises(TypeError, match="weight codes must be int8"):
+        pack_dot(jnp.ones((4, 3)))
+    with pytest.raises(ValueError, match="depthwise weights"):
+        pack_depthwise(jnp.ones((3, 3, 2, 4), jnp.int8))
+    with pytest.raises(ValueError, match="must have two entries"):
+        conv(
+            jnp.zeros((1, 4, 4, 2), jnp.int8),
+            pack_conv(jnp.ones((1, 1, 2, 3), jnp.int8)),
+            e,
+            x_zero=jnp.int32(0),
+            strides=(1,),
+            padding=((0, 0), (0, 0)),
+        )
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXRMILS_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(LoweringError, match=r"none of c\+\+, g\+\+, clang\+\+ is on the PATH"):
+        build.compile_library()
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    with pytest.raises(LoweringError, match="CXX='no-such-compiler -m64' is not found"):
+        build.compile_library()
+
+
+def test_with_a_compiler_that_fails(monkeypatch, tmp_path):
+    script = tmp_path / "broken"
+    script.write_text('#!/bin/sh\n[ "$2" = --version ] && exit 0\necho "bad: $#" >&2\nexit 3\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("JAXRMILS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", f"{script} -x")
+    with pytest.raises(LoweringError, match=r"(?s)ended with 3:\nbad: .*Set CXX to a compiler"):
+        build.compile_library()
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    if REASON is not None:
+        pytest.skip(REASON)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAXRMILS_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(LoweringError, match="set JAXRMILS_CACHE"):
+        build.compile_library()
+
+
+PORTABLE = """
+import numpy as np, test_native as t
+assert t.REASON is None, t.REASON
+for seed in range(4):
+    choices = {"residual": ("none", "float32", "codes", "none")[seed], "clamp": "both",
+               "codes": seed < 3}
+    t.check_dot(5, 37, 50, seed, True, choices)
+    t.check_conv((2, 9, 8, 5), (3, 2), 20, t.HALVED, seed, True, choices)
+    t.check_conv((2, 9, 8, 35), (3, 3), None, t.SAME, seed, True, choices)
+"""
+
+
+@needs_kernels
+def test_kernels_without_vector_instructions():
+    """In a process of their own: a target is registered once."""
+    env = {**os.environ, "CXXFLAGS": "-DJAXRMILS_PORTABLE", "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run([sys.executable, "-c", PORTABLE], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
