@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxrmils.artifacts.documents import decoding
@@ -15,7 +15,11 @@ KIND = "jaxrmils latency"
 
 
 def save_latency(
-    table: LatencyTable, path: PathLike, *, info: Mapping[str, Any] | None = None
+    table: LatencyTable,
+    path: PathLike,
+    *,
+    info: Mapping[str, Any] | None = None,
+    plans: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Writes a latency table, at once or not at all.
 
@@ -23,6 +27,7 @@ def save_latency(
       table: seconds by layer and format's name.
       path: the file.
       info: kept beside it; JSON values.
+      plans: what the table predicts of plans and what was measured, kept beside it; JSON values.
 
     Raises:
       ArtifactError: an entry is for a `LayerPlan`, not for a format's name.
@@ -47,6 +52,8 @@ def save_latency(
         "seconds": {name: dict(own) for name, own in table.seconds.items()},
         "info": dict(info or {}),
     }
+    if plans:
+        document["plans"] = [dict(each) for each in plans]
     save_record(document, path, KIND)
 
 

@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrmils.graph import Graph, tabulate
+from jaxrmils.graph import Format, Graph, ModelTable, tabulate
 from jaxrmils.lowering.hlo import scoped_site
 from jaxrmils.lowering.hlo_text import Instruction, Text, parse
 from jaxrmils.lowering.integer_dot import dot_int32
 from jaxrmils.lowering.quantized_model import default_backend, quantize
 from jaxrmils.lowering.sites import LoweringError
 from jaxrmils.numerics import Ranges
-from jaxrmils.policies import LatencyTable, Plan, parse_format, uniform
+from jaxrmils.policies import (
+    FORMATS,
+    LatencyTable,
+    Plan,
+    PlanError,
+    check_plan,
+    parse_format,
+    uniform,
+)
+from jaxrmils.policies.formats import fit
 from jaxrmils.progress import Progress, silent
 
 THIS_PLAN = "this plan"
@@ -57,15 +66,40 @@ class ProgramTimes:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """A plan's time as the latency table has it, beside the measured one.
+
+    Attributes:
+      name: of the plan.
+      measured: seconds of a call.
+      predicted: seconds by its layers' times; None where a format of it was not measured.
+      is_uniform: whether the table was made from this program, among others.
+      missing: what the table lacks, in words.
+    """
+
+    name: str
+    measured: float
+    predicted: float | None
+    is_uniform: bool
+    missing: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """Predicted over measured."""
+        return None if self.predicted is None else self.predicted / self.measured
+
+
+@dataclass(frozen=True)
 class Profile:
     """Programs side by side.
 
     Attributes:
-      programs: by "float", a format, or `THIS_PLAN`.
+      programs: by "float", a format, `THIS_PLAN`, or the name of another plan.
       plans: what ran in each.
       batch_size: examples in a call.
       environment: backend, device, versions, cores.
       peak: int8 operations a second of a large dot; a multiplication and an addition are two.
+      compared: the programs that the latency table is compared with and not made of.
     """
 
     programs: Mapping[str, ProgramTimes]
@@ -73,13 +107,14 @@ class Profile:
     batch_size: int
     environment: Mapping[str, str]
     peak: float
+    compared: tuple[str, ...] = (THIS_PLAN,)
 
     def latency_table(self) -> LatencyTable:
         """The uniform programs as `budget` reads them; `overhead` is the median of their rests."""
         seconds: dict[str, dict[Any, float]] = {}
         rests = []
         for name, times in self.programs.items():
-            if name == THIS_PLAN:
+            if name in self.compared:
                 continue
             rests.append(times.rest)
             for layer, value in times.layers.items():
@@ -101,6 +136,53 @@ class Profile:
         table = self.latency_table()
         return table.overhead + sum(table.of(n, layer) for n, layer in plan.layers.items())
 
+    def predictions(self) -> tuple[Prediction, ...]:
+        """Every program's time as the latency table predicts it, and as it was measured."""
+        found = []
+        for name, times in self.programs.items():
+            predicted, missing = None, ""
+            try:
+                predicted = self.predicted(self.plans[name])
+            except PlanError as error:
+                missing = str(error)
+            is_uniform = name not in self.compared
+            found.append(Prediction(name, times.seconds, predicted, is_uniform, missing))
+        return tuple(found)
+
+
+def formats_to_measure(
+    table: ModelTable, formats: Iterable[str], plans: Iterable[Plan] = ()
+) -> tuple[str, ...]:
+    """The formats whose uniform models have every layer as formats and plans may have it.
+
+    Args:
+      table: the model's layers.
+      formats: names of formats; float is left out, as it is measured anyway.
+      plans: for this model.
+
+    Raises:
+      PlanError: an unknown format.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxrmils import tabulate, trace
+    >>> table = tabulate(trace(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 4))}, jnp.ones((1, 8))))
+    >>> formats_to_measure(table, ["w8a8", "float"], [uniform(table, "w8"), uniform(table, "int8")])
+    ('w8a8', 'w8')
+    """
+    found: dict[Format, str] = {}
+    for name in formats:
+        found.setdefault(parse_format(name), name)
+    found.pop(parse_format("float"), None)
+    for plan in plans:
+        for name, layer in plan.layers.items():
+            row = table.layer[name]
+            if layer.is_float or any(fit(row, each) == layer.bits for each in found):
+                continue
+            of = [n for n, each in FORMATS.items() if fit(row, each) == layer.bits]
+            if of:  # Else no uniform model has such a layer.
+                found[parse_format(of[0])] = of[0]
+    return tuple(found.values())
+
 
 def profile(
     graph: Graph,
@@ -110,10 +192,11 @@ def profile(
     *,
     formats: Sequence[str] = ("w8a8", "w4a8"),
     plan: Plan | None = None,
+    plans: Mapping[str, Plan] | None = None,
     rounds: int = 15,
     progress: Progress = silent,
 ) -> Profile:
-    """Times every layer in float and in uniform formats, and a plan beside them.
+    """Times every layer in float and in uniform formats, and plans beside them.
 
     Args:
       graph: from `trace`.
@@ -121,7 +204,8 @@ def profile(
       ranges: from `calibrate`.
       inputs: a batch, of the size that is to be served.
       formats: what to measure besides float.
-      plan: a plan to measure too.
+      plan: a plan to measure too, as `THIS_PLAN`.
+      plans: further plans, by names of your own.
       rounds: timed calls of every program.
       progress: see `jaxrmils.progress`.
 
@@ -130,7 +214,7 @@ def profile(
 
     Raises:
       LoweringError: the profiler saw no instruction of a program, or rounds is below 1.
-      PlanError: an unknown format, a plan for another model.
+      PlanError: an unknown format, a plan for another model, or one with the name of a format.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxrmils import calibrate, trace
@@ -145,14 +229,20 @@ def profile(
     for name in formats:
         parse_format(name)
     table = tabulate(graph)
-    plans = {name: uniform(table, name) for name in ("float", *formats)}
-    if plan is not None:
-        plans[THIS_PLAN] = plan
+    uniforms = {name: uniform(table, name) for name in ("float", *formats)}
+    own = {} if plan is None else {THIS_PLAN: plan}
+    for name in plans or {}:
+        if name in uniforms or name in own:
+            raise PlanError(f"a plan is named {name!r}, as another program; give it another name")
+    compared = own | dict(plans or {})
+    for each in compared.values():
+        check_plan(each, table)
+    every = uniforms | compared
     calls: dict[str, Callable[[], Any]] = {}
     texts: dict[str, str] = {}
     inputs = jax.tree.map(jnp.asarray, inputs)
-    for name in progress(list(plans), "compiling", len(plans)):
-        model = quantize(graph, params, plans[name], ranges)
+    for name in progress(list(every), "compiling", len(every)):
+        model = quantize(graph, params, every[name], ranges)
         compiled = jax.jit(model.apply).lower(model.params, inputs).compile()
         texts[name] = compiled.as_text() or ""
         calls[name] = _call(compiled, model.params, inputs)
@@ -163,7 +253,7 @@ def profile(
         layers = {layer: seconds[name] * shares.get(layer, 0.0) for layer in graph.layers}
         programs[name] = ProgramTimes(seconds[name], layers, seconds[name] * rest)
     batch = jax.tree.leaves(inputs)[0].shape[0]
-    return Profile(programs, plans, batch, environment(), _peak())
+    return Profile(programs, every, batch, environment(), _peak(), tuple(compared))
 
 
 def environment() -> dict[str, str]:

@@ -310,22 +310,29 @@ def with_params(params: Any, sharding: NamedSharding | None) -> Any:
     """Parameters that a program with batches spread so can read.
 
     Those that lie on the mesh's devices stay as they are, however they are sharded; others are
-    copied to every device.
+    copied to every device. Without a sharding all stay where they are. Explicit axes of their mesh
+    become automatic ones, without moving data.
     """
     if sharding is None:
-        return params
+        return jax.tree.map(_with_automatic_axes, params)
     layout = Layout(sharding)
     devices = set(layout.mesh.devices.flat)
 
     def leaf(x: Any) -> Any:
-        placed = x.sharding if isinstance(x, jax.Array) else None
-        if placed is None or placed.device_set != devices:
+        if not isinstance(x, jax.Array) or x.sharding.device_set != devices:
             return _copied(x, layout.replicated)
-        if isinstance(placed, NamedSharding) and placed.mesh is not _automatic(placed.mesh):
-            return jax.device_put(x, NamedSharding(_automatic(placed.mesh), placed.spec))
-        return x
+        return _with_automatic_axes(x)
 
     return jax.tree.map(leaf, params)
+
+
+def _with_automatic_axes(x: Any) -> Any:
+    placed = x.sharding if isinstance(x, jax.Array) else None
+    if not isinstance(placed, NamedSharding):
+        return x
+    automatic = _automatic(placed.mesh)
+    same = placed.mesh is automatic
+    return x if same else jax.device_put(x, NamedSharding(automatic, placed.spec))
 
 
 def _copied(x: Any, everywhere: NamedSharding) -> jax.Array:

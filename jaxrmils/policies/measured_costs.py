@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxrmils.graph import Format, Graph, LayerRow, tabulate
 from jaxrmils.numerics.calibration import Ranges, check_params
+from jaxrmils.numerics.placement import with_params
 from jaxrmils.policies.constraints import nearest_layer
 from jaxrmils.policies.costs import Costs
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError, parse_format, several
@@ -95,6 +96,7 @@ def squared_output_costs(
     >>> [layer.format for layer in costs.options["w"]]
     ['float', 'w8a8', 'w8a4', 'w4a8', 'w4a4']
     """
+    params = with_params(params, None)
     bits = _checked_bits(graph, params, ranges, formats)
     noise = _noise(graph, params, NEAREST)
 
@@ -142,6 +144,7 @@ def sqnr_costs(
         signal that is zero throughout (it names the site).
       TraceError: params or inputs that do not fit.
     """
+    params = with_params(params, None)
     bits = _checked_bits(graph, params, ranges, formats)
     noise = _noise(graph, params, NEAREST)
 
@@ -207,6 +210,7 @@ def fisher_costs(
     References:
       Kunstner et al. (2019), arXiv 1905.12558, on what the empirical Fisher information is not.
     """
+    params = with_params(params, None)
     _checked_bits(graph, params, ranges, formats)
     noise = _noise(graph, params, NEAREST)
 
@@ -280,6 +284,7 @@ def hessian_trace_costs(
     References:
       Dong et al. (2020), HAWQ-V2, arXiv 1911.03852. Yao et al. (2021), HAWQ-V3, arXiv 2011.10680.
     """
+    params = with_params(params, None)
     _checked_bits(graph, params, ranges, formats)
     if iter(batches) is batches:
         raise ScoreError(

@@ -64,12 +64,12 @@ def everything(graph, params, batches, sharding):
     }
 
 
-def brief(graph, params, batches, sharding, checkpoint=None):
-    """Ranges and scores."""
+def brief(graph, params, batches, sharding, checkpoint=None, ranges=None):
+    """Ranges, calibrated unless they are given, and scores."""
     keep = {"sharding": sharding, "checkpoint_seconds": 0.0}
     folders = [None, None] if checkpoint is None else [checkpoint / "ranges", checkpoint / "scores"]
     inputs = [x for x, _ in batches]
-    ranges = jr.calibrate(graph, params, inputs, checkpoint=folders[0], **keep)
+    ranges = ranges or jr.calibrate(graph, params, inputs, checkpoint=folders[0], **keep)
     scores = jr.score(graph, params, batches, float_loss, ranges, checkpoint=folders[1], **keep)
     found = {
         "grids": jax.tree.leaves(ranges.grids),
@@ -114,6 +114,21 @@ def judged(graph, params, ranges, sharding):
     return {"curvature": bent.activations, "report": judged, "shifts": shifts}
 
 
+def costs(graph, params, ranges):
+    """What objectives with a pass of their own find."""
+    batches = [(x, y.astype(np.float32)) for x, y in data()]
+    found = {
+        name: jr.MEASURED_COSTS[name](
+            graph, params, batches, loss, ranges, formats=("w4a4",)
+        ).options
+        for name in ("squared_output", "fisher", "hessian_trace", "sqnr")
+    }
+    return {
+        name: [np.array(list(layer.values())) for layer in options.values()]
+        for name, options in found.items()
+    }
+
+
 def quantized(graph, params, sharded, mesh):
     """The integer model with sharded parameters gives the same numbers."""
     x = data()[0][0]
@@ -147,7 +162,14 @@ def main():
     # The axes that make_mesh makes by itself are part of the types of values.
     explicit = jax.make_mesh((4, 2), axes)
     sharded = place(explicit, FULLY_SHARDED)
-    check(one, brief(graph, sharded, data(), NamedSharding(explicit, P("data")))[0])
+    check(one, everything(graph, sharded, data(), NamedSharding(explicit, P("data"))))
+    # And without a sharding of the batches. A zero point on the edge of two may come out as either.
+    jr.calibrate(graph, sharded, [x for x, _ in data()])
+    check(
+        brief(graph, params, data(), None, ranges=ranges)[0],
+        brief(graph, sharded, data(), None, ranges=ranges)[0],
+    )
+    check(costs(graph, params, ranges), costs(graph, sharded, ranges))
     # Parameters of one device, examples over all eight.
     check(one, brief(graph, params, data(), NamedSharding(mesh, P(axes)))[0])
 

@@ -6,8 +6,8 @@ from stages import calibrated, traced
 import jaxrmils as jr
 from jaxrmils.lowering import LoweringError
 from jaxrmils.lowering.hlo_text import parse
-from jaxrmils.lowering.profile import THIS_PLAN, _owners, profile
-from jaxrmils.policies import PlanError
+from jaxrmils.lowering.profile import THIS_PLAN, Profile, ProgramTimes, _owners, profile
+from jaxrmils.policies import LayerPlan, Plan, PlanError
 
 
 @pytest.mark.parametrize("name", ["cnn", "transformer", "scanned_stack", "separable_cnn"])
@@ -42,6 +42,41 @@ def test_refusals():
     plan = jr.uniform(jr.tabulate(traced("cnn")[0]))
     with pytest.raises(PlanError):
         profile(*arguments, plan=plan)
+    own = jr.uniform(jr.tabulate(arguments[0]))
+    with pytest.raises(PlanError, match="a plan is named 'w8a8', as another program"):
+        profile(*arguments, plans={"w8a8": own})
+
+
+def test_predictions_stand_beside_what_was_measured():
+    def times(seconds, a, b):
+        return ProgramTimes(seconds, {"a": a, "b": b}, seconds - a - b)
+
+    def plan(*layers):
+        return Plan(dict(zip("ab", layers, strict=True)), "f")
+
+    eight, four = LayerPlan(8, 8, ("nearest",)), LayerPlan(4, 8, ("nearest",))
+    found = Profile(
+        {
+            "float": times(10.0, 6.0, 3.0),
+            "w8a8": times(4.0, 2.0, 1.0),
+            "mixed": times(8.0, 6.0, 1.0),
+            "other": times(3.0, 1.0, 1.0),
+        },
+        {
+            "float": plan(LayerPlan(), LayerPlan()),
+            "w8a8": plan(eight, eight),
+            "mixed": plan(LayerPlan(), eight),
+            "other": plan(four, eight),
+        },
+        1,
+        {"backend": "cpu", "device": "none"},
+        1.0,
+        ("mixed", "other"),
+    )
+    base, uniform, mixed, other = found.predictions()
+    assert base.is_uniform and uniform.is_uniform and not mixed.is_uniform
+    assert (mixed.predicted, mixed.measured, mixed.ratio) == (6.0 + 1.0 + 1.0, 8.0, 1.0)
+    assert other.predicted is None and other.ratio is None and "no 'w4a8'" in other.missing
 
 
 HLO = """
