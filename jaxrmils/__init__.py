@@ -38,6 +38,8 @@ from jaxrmils.lowering import quantize as quantize
 from jaxrmils.lowering.modules import QuantizedVariable as QuantizedVariable
 from jaxrmils.lowering.modules import as_linen as as_linen
 from jaxrmils.lowering.modules import as_nnx as as_nnx
+from jaxrmils.lowering.native_model import NativeModel as NativeModel
+from jaxrmils.lowering.native_model import native as native
 from jaxrmils.lowering.profile import Profile as Profile
 from jaxrmils.lowering.profile import profile as profile
 from jaxrmils.numerics import Ranges as Ranges

@@ -4,7 +4,8 @@ All later stages are handlers: record ranges, insert probes, add noise, run inte
 operations. A handler is a function of a `SiteCall` that returns the operation's results and
 a record (any pytree of arrays, or None); records come back by site name, with a leading axis
 for every scan around the site. Nothing is mutated, so a run can be jitted, differentiated
-and vmapped.
+and vmapped. A handler may also return a result that is `Pending`; what reads it is then
+computed with it where that is possible.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from jaxrmils.graph.expression import (
     leaf_indices,
     ordered,
 )
+from jaxrmils.graph.pending import Pending, settled
 from jaxrmils.graph.program import Bind, Call, Program, SiteStep, is_max_pool
 from jaxrmils.graph.sites import Site
 
@@ -162,18 +164,18 @@ class SiteCall:
         Args:
           index: of the operand.
           key: whatever else the result depends on; equal keys must mean equal results.
-          make: a function of the operand.
+          make: a function of the operand, which is pending if it was left so.
         """
         operand = self._read(index)
         return self._frame.once(operand, key, lambda: make(operand))
 
     def operand(self, index: int) -> Any:
         """The float value of an operand; a weight is computed from the parameters."""
-        return self._read(index)
+        return settled(self._read(index))
 
     def operands(self) -> tuple[Any, ...]:
         """All float operands."""
-        return tuple(self._read(i) for i in range(len(self.eqn.invars)))
+        return tuple(self.operand(i) for i in range(len(self.eqn.invars)))
 
     def contracted(self, index: int) -> tuple[int, ...]:
         """The dims of a dot's operand that are summed over; what is left counts its rows."""
@@ -185,12 +187,15 @@ class SiteCall:
 
     def store(self, index: int, value: Any) -> None:
         """What later readers of an operand find, if it is among `shared`; nothing otherwise."""
-        if index in self.shared:
-            self._store(index, value.astype(compat.abstract(self.eqn.invars[index]).dtype))
+        if index not in self.shared:
+            return
+        if not isinstance(value, Pending):
+            value = value.astype(compat.abstract(self.eqn.invars[index]).dtype)
+        self._store(index, value)
 
     def _store_changed(self, operands: Sequence[Any]) -> None:
         for index in self.shared:
-            if operands[index] is not self._read(index):
+            if operands[index] is not settled(self._read(index)):
                 self.store(index, operands[index])
 
     def bind(self, *operands: Any) -> Any:
@@ -302,29 +307,47 @@ def run(program: Program, args: Sequence[Any], scope: Scope) -> tuple[list[Any],
         is_stored = not isinstance(atom, compat.Literal) and atom in stored
         return stored[atom] if is_stored else own(atom)
 
+    def read_now(atom: Any) -> Any:
+        return settled(read(atom))
+
+    reads = program.reads
+    by_sites = reads.by_sites(scope.shares)
+
     for step in program.steps:
         if isinstance(step, Bind):
             outvars = step.eqn.outvars
             inputs = _bind_inputs(step.eqn, read)
             if is_max_pool(step):
                 pooled[outvars[0]] = Pooled(step.eqn, inputs[0])
-            bind = scope.operations.get(step.eqn.primitive.name, compat.bind)
-            results = bind(step.eqn, inputs)
+            results = _bound(step.eqn, inputs, scope)
         elif isinstance(step, SiteStep):
             outvars = step.eqn.outvars
-            shared = program.reads.shared.get(step.index, frozenset()) if scope.shares else ()
-            pools = program.reads.pools(scope.shares)
-            values = _Values(own, stored, {v: p for v, p in pooled.items() if v in pools})
+            shared = reads.shared.get(step.index, frozenset()) if scope.shares else ()
+            values = _Values(own, stored, {v: p for v, p in pooled.items() if v in by_sites})
             result, record = _run_site(step, frozenset(shared), values, scope)
             results = [result]
             if record is not None:
                 records[scope.sites[step.index].name] = record
         else:
             outvars = step.outvars
-            results, inner = _CALLS[step.kind](step, read, scope)
+            results, inner = _CALLS[step.kind](step, read_now, scope)
             records.update(inner)
-        env.update(zip(outvars, results, strict=True))
-    return [read(atom) for atom in program.outputs], records
+        for variable, result in zip(outvars, results, strict=True):
+            # Whoever waits must be asked for one thing: a next operation, or codes.
+            waits = variable in reads.once or variable in by_sites
+            env[variable] = result if waits else settled(result)
+    return [read_now(atom) for atom in program.outputs], records
+
+
+def _bound(eqn: compat.JaxprEqn, inputs: Sequence[Any], scope: Scope) -> Sequence[Any]:
+    """The results of an equation that is no site; a pending operand may take it along."""
+    for position, operand in enumerate(inputs):
+        if isinstance(operand, Pending):
+            result = operand.followed_by(eqn, inputs, position)
+            if result is not None:
+                return [result]
+    bind = scope.operations.get(eqn.primitive.name, compat.bind)
+    return bind(eqn, [settled(operand) for operand in inputs])
 
 
 def _bind_inputs(eqn: compat.JaxprEqn, read: Callable[[Any], Any]) -> list[Any]:

@@ -95,8 +95,7 @@ class Program:
                 steps.append((None, step.eqn.invars))
             else:
                 steps.append((None, _read_by(step)))
-        pooled = [s.eqn.outvars[0] for s in self.steps if isinstance(s, Bind) and is_max_pool(s)]
-        return find_reads(steps, self.outputs, self.known, pooled)
+        return find_reads(steps, self.outputs, self.known)
 
 
 def is_max_pool(step: Bind) -> bool:

@@ -38,24 +38,26 @@ class Reads:
     Attributes:
       shared: per site number, the operands that it is the first site to read, and that something
         else reads after it.
-      own_pools: results of max-pooling that only sites read.
-      shared_pools: results of max-pooling that only sites read where values are shared.
+      own: values that only sites read.
+      first: values that sites read before anything else does: where values are shared, nothing but
+        sites reads these in float.
+      once: values that one operation reads, at one place, and that are not returned.
     """
 
     shared: Mapping[int, frozenset[int]]
-    own_pools: frozenset[Any]
-    shared_pools: frozenset[Any]
+    own: frozenset[Any]
+    first: frozenset[Any]
+    once: frozenset[Any]
 
-    def pools(self, shares: bool) -> frozenset[Any]:
-        """The results of max-pooling that nothing but sites reads in float."""
-        return self.shared_pools if shares else self.own_pools
+    def by_sites(self, shares: bool) -> frozenset[Any]:
+        """The values that nothing but sites reads in float."""
+        return self.first if shares else self.own
 
 
 def find_reads(
     steps: Sequence[tuple[int | None, Sequence[Any]]],
     outputs: Sequence[Any],
     known: Mapping[Any, Any],
-    pooled: Sequence[Any],
 ) -> Reads:
     """Sorts a program's readings.
 
@@ -63,7 +65,6 @@ def find_reads(
       steps: per step, its site's number (None for a step that is no site) and what it reads.
       outputs: what the program returns.
       known: variables that depend on parameters alone; they are left out.
-      pooled: the variables that max-pooling makes.
     """
     readings: dict[Any, list[Read]] = {}
     for position, (site, atoms) in enumerate((*steps, (None, outputs))):
@@ -83,8 +84,13 @@ def find_reads(
     by_sites = {atom for atom in is_later if all(read.site is not None for read in readings[atom])}
     return Reads(
         shared={site: frozenset(operands) for site, operands in shared.items()},
-        own_pools=frozenset(atom for atom in pooled if atom in by_sites),
-        shared_pools=frozenset(atom for atom in pooled if is_later.get(atom)),
+        own=frozenset(by_sites),
+        first=frozenset(atom for atom, later in is_later.items() if later),
+        once=frozenset(
+            atom
+            for atom, reads in readings.items()
+            if len(reads) == 1 and reads[0].position < len(steps)
+        ),
     )
 
 

@@ -115,7 +115,7 @@ class QuantizedModel:
         roundings = roundings_by_site(self.graph, self.plan)
         shifts_pools = self.backend == "cpu"
         handler = functools.partial(
-            _handler, self.plan, roundings, self._equal_grids, kernel, shifts_pools
+            run_site, self.plan, roundings, self.equal_grids, kernel, shifts_pools
         )
         leaves = [params.leaves.get(name) for name in self.graph.leaf_names]
         return interpret(
@@ -130,7 +130,7 @@ class QuantizedModel:
         )
 
     @functools.cached_property
-    def _equal_grids(self) -> Mapping[str, tuple[Hashable, ...]]:
+    def equal_grids(self) -> Mapping[str, tuple[Hashable, ...]]:
         """Per site and operand, a key that operands with the same grid have in common."""
         grids = self.params.grids
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(grids)):
@@ -291,7 +291,7 @@ def _values(grids: tuple[QuantParams, ...]) -> list[tuple[Any, Any]]:
     return [(grid.scale, grid.zero_point) for grid in grids]
 
 
-def _handler(
+def run_site(
     plan: Plan,
     roundings: Mapping[str, tuple[Rounding, ...]],
     equal_grids: Mapping[str, tuple[Hashable, ...]],
@@ -299,6 +299,16 @@ def _handler(
     shifts_pools: bool,
     call: SiteCall,
 ) -> tuple[Any, Any]:
+    """A handler: the site in its planned format, and the codes of its activations.
+
+    Args:
+      plan: the formats.
+      roundings: per site, of its activations.
+      equal_grids: see `QuantizedModel.equal_grids`.
+      kernel: multiplies codes.
+      shifts_pools: see `run_quantized`.
+      call: the site; its weight is a `QuantizedWeight`, its state the grids.
+    """
     site = call.site
     layer = plan.layers[site.layer]
     with jax.named_scope(site_scope(site.name)):

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrmils.graph import SiteCall, compat
+from jaxrmils.graph.pending import settled
 from jaxrmils.lowering.exact_float import exact_bilinear
 from jaxrmils.lowering.integer_conv import conv_int32, conv_output_scale
 from jaxrmils.lowering.integer_dot import Backend, code_bound, dot_int32, output_scale
 from jaxrmils.lowering.max_pool import can_shift, shifted_max_pool
+from jaxrmils.lowering.pending_product import codes_of
 from jaxrmils.numerics import QTensor, QuantParams, Rounding, dequantize, quantize, row_params
 from jaxrmils.numerics.formats import code_range
 
@@ -186,11 +188,11 @@ def _codes(
     """The codes of an operand on one grid."""
     pooled = call.pooled(index) if shifts_pools else None
     if pooled is None or not can_shift(pooled.eqn):
-        return call.once(index, key, lambda x: quantize(x, grid, rounding))
+        return call.once(index, key, lambda x: codes_of(x, grid, rounding))
     lowest = code_range(grid.bits, grid.symmetric)[0]
 
     def make(_: Any) -> Any:
-        return shifted_max_pool(quantize(pooled.operand, grid, rounding), pooled.eqn, lowest)
+        return shifted_max_pool(codes_of(pooled.operand, grid, rounding), pooled.eqn, lowest)
 
     return call.once(index, key, make)
 
@@ -200,6 +202,7 @@ def _rows(call: SiteCall, index: int, bits: int, rounding: Rounding) -> tuple[An
     axes = call.contracted(index)
 
     def make(x: Any) -> tuple[Any, QuantParams]:
+        x = settled(x)
         grids = row_params(x, bits=bits, axes=axes)
         return quantize(x, grids, rounding), grids
 

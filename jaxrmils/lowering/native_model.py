@@ -1,0 +1,326 @@
+"""A quantized model on CPU kernels of its own, each of which also does what follows its product.
+
+XLA's integer operations write int32 sums to memory and read them again to rescale them. Kernels
+that rescale, normalize, add a shortcut, clamp and quantize while the sums are in registers write a
+quarter of the bytes, once. `native` packs a model's weights for them; the interpreter offers every
+product what follows it (`pending_product`). Operations that have no kernel here run as in
+`QuantizedModel`, and `reasons` says which and why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrmils.graph import Graph, Site, SiteCall, compat, interpret
+from jaxrmils.graph.reads import MAX_POOL
+from jaxrmils.lowering.integer_dot import BACKENDS
+from jaxrmils.lowering.max_pool import run_max_pool
+from jaxrmils.lowering.native import kernels
+from jaxrmils.lowering.pending_product import Dequantized, Product, Tail, codes_of
+from jaxrmils.lowering.quantized_model import (
+    QuantizedModel,
+    QuantizedWeight,
+    run_site,
+    site_scope,
+)
+from jaxrmils.lowering.sites import LoweringError, integer_kernel
+from jaxrmils.numerics import QTensor, QuantParams
+from jaxrmils.policies import roundings_by_site
+from jaxrmils.policies.formats import FLOAT_BITS
+
+_NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+"""`lax.ConvDimensionNumbers` of NHWC, HWIO, NHWC."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["quantized", "packed", "scales", "sums"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class NativeWeight:
+    """An integer weight in the layouts of the kernels.
+
+    Attributes:
+      quantized: as in `QuantizedModel`, for sites that run there; None if there are none.
+      packed: per site, the codes as its kernel reads them.
+      scales: per site, float32 [channels].
+      sums: per site, int32 [channels], sums of the codes, which zero points need.
+    """
+
+    quantized: QuantizedWeight | None
+    packed: Mapping[str, Any]
+    scales: Mapping[str, Any]
+    sums: Mapping[str, Any]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["leaves", "weights", "grids"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class NativeParams:
+    """The parameters of a `NativeModel`; leaves and grids as in `QuantizedParams`."""
+
+    leaves: Mapping[str, Any]
+    weights: Mapping[str, NativeWeight]
+    grids: Mapping[str, tuple[QuantParams, ...]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NativeModel:
+    """A quantized model on native CPU kernels.
+
+    Attributes:
+      model: the quantized model.
+      params: its parameters, packed.
+      reasons: per site that has no native kernel, why.
+    """
+
+    model: QuantizedModel
+    params: NativeParams
+    reasons: Mapping[str, str]
+
+    def __call__(self, inputs: Any) -> Any:
+        """The outputs for a batch, with the model's own parameters."""
+        return self.apply(self.params, inputs)
+
+    def apply(self, params: NativeParams, inputs: Any) -> Any:
+        """A pure function of parameters and inputs; works under `jit` and `vmap`, on CPU.
+
+        Products are exact, as the quantized model's are. What follows them is rounded in another
+        order (see `pending_product`), so that outputs differ in their last digits, and a code may
+        differ where a value lies half-way between two.
+
+        Args:
+          params: `native_model.params`.
+          inputs: like the traced inputs, at any batch size.
+
+        Returns:
+          What the float model's apply returns.
+        """
+        model = self.model
+        roundings = roundings_by_site(model.graph, model.plan)
+        handler = functools.partial(_handler, model, roundings)
+        leaves = [params.leaves.get(name) for name in model.graph.leaf_names]
+        return interpret(
+            model.graph,
+            handler,
+            leaves,
+            inputs,
+            weights=params.weights,
+            state=params.grids,
+            absent=lambda struct: jnp.zeros(struct.shape, struct.dtype),
+            operations={MAX_POOL: run_max_pool},
+        )[0]
+
+
+def native(model: QuantizedModel) -> NativeModel:
+    """The model on native CPU kernels, which are compiled when they are first used.
+
+    Args:
+      model: from `quantize` or `load_model`, for CPU.
+
+    Returns:
+      A model with the same plan; the given one stays as it is.
+
+    Raises:
+      LoweringError: the model is for another backend, or the kernels can't be compiled or run on
+        this machine; it says why.
+    """
+    if model.backend != "cpu":
+        raise LoweringError(
+            f"the model is for {model.backend!r} (of {', '.join(BACKENDS)}); native kernels are "
+            "for 'cpu': quantize with backend='cpu'"
+        )
+    if (reason := kernels.available()) is not None:
+        raise LoweringError(f"native kernels can't be used here: {reason}")
+    graph, params = model.graph, model.params
+    reasons = {
+        site.name: reason
+        for site, eqn in zip(graph.sites, graph.traced.eqns, strict=True)
+        if (reason := _reason(model, site, eqn)) is not None
+    }
+    weights = {}
+    for name, weight in params.weights.items():
+        own = [site for site in graph.layers[name] if site.name not in reasons]
+        others = len(own) < len(graph.layers[name])
+        parts = {site.name: _packed(graph, site, weight) for site in own}
+        weights[name] = NativeWeight(
+            quantized=weight if others else None,
+            packed={site: part[0] for site, part in parts.items()},
+            scales={site: part[1] for site, part in parts.items()},
+            sums={site: part[2] for site, part in parts.items()},
+        )
+    return NativeModel(model, NativeParams(params.leaves, weights, params.grids), reasons)
+
+
+def _reason(model: QuantizedModel, site: Site, eqn: compat.JaxprEqn) -> str | None:
+    """Why a site has no native kernel; None if it has one."""
+    layer = model.plan.layers[site.layer]
+    if site.weight is None:
+        return "a product of two activations"
+    if site.kind == "gather":
+        return "a lookup"
+    if layer.activation_bits == FLOAT_BITS or layer.weight_bits == FLOAT_BITS:
+        return "not in integers" if layer.weight_bits == FLOAT_BITS else "float activations"
+    if layer.dynamic and site.kind == "dot":
+        return "grids made at run time"
+    if site.loops:
+        return "inside a scan"
+    if compat.abstract(eqn.outvars[0]).dtype != jnp.float32:
+        return f"{compat.abstract(eqn.outvars[0]).dtype} results"
+    grid = model.params.grids[site.name][0]
+    if grid.scale.size != 1:
+        return "several grids for one input"
+    return _conv_reason(eqn) if site.kind == "conv" else _dot_reason(site, eqn)
+
+
+def _conv_reason(eqn: compat.JaxprEqn) -> str | None:
+    params = eqn.params
+    channels, features = _features(eqn)
+    if tuple(params["dimension_numbers"]) != _NHWC:
+        return "not a 2-D convolution in NHWC"
+    if set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1:
+        return "a dilated input or groups of the batch"
+    if params["feature_group_count"] not in (1, channels):
+        return "groups of channels"
+    if params["feature_group_count"] == channels != 1 and features != channels:
+        return "a depthwise convolution with several features for a channel"
+    if any(p < 0 for pair in params["padding"] for p in pair):
+        return "negative padding"
+    return None
+
+
+def _features(eqn: compat.JaxprEqn) -> tuple[int, int]:
+    """Channels of a convolution's input and of its output, in NHWC."""
+    return compat.abstract(eqn.invars[0]).shape[-1], compat.abstract(eqn.outvars[0]).shape[-1]
+
+
+def _dot_reason(site: Site, eqn: compat.JaxprEqn) -> str | None:
+    assert site.weight is not None
+    (lhs, _), (batch, _) = eqn.params["dimension_numbers"]
+    rank = len(compat.abstract(eqn.invars[0]).shape)
+    if site.weight.operand != 1 or batch:
+        return "the weight comes first, or dims are batched"
+    if tuple(lhs) != tuple(range(rank - len(lhs), rank)):
+        return "other dims than the last are contracted"
+    return None
+
+
+def _packed(graph: Graph, site: Site, weight: QuantizedWeight) -> tuple[Any, Any, Any]:
+    """A site's packed codes, and the scales and sums of its channels."""
+    assert site.weight is not None
+    tensor: QTensor = weight.tensor
+    if site.weight.permutation is not None:
+        tensor = tensor.transpose(site.weight.permutation)
+    codes, eqn = tensor.codes(), graph.traced.eqns[graph.sites.index(site)]
+    if site.kind == "conv":
+        scale = tensor.scale.reshape(-1)
+        is_depthwise = _is_depthwise(eqn)
+        packed = kernels.pack_depthwise(codes) if is_depthwise else kernels.pack_conv(codes)
+        features = codes.shape[-1]
+    else:
+        (_, contracted), _ = eqn.params["dimension_numbers"]
+        free = [d for d in range(codes.ndim) if d not in contracted]
+        features = math.prod(codes.shape[d] for d in free)
+        shape = [codes.shape[d] for d in free]
+        flat = codes.transpose(*contracted, *free).reshape(-1, features)
+        packed = kernels.pack_dot(flat)
+        kept = tensor.scale.transpose(*contracted, *free).reshape(
+            [tensor.scale.shape[d] for d in free]
+        )
+        scale = jnp.broadcast_to(kept, shape).reshape(-1)
+    scale = jnp.broadcast_to(scale.astype(jnp.float32), (features,))
+    return packed, scale, jnp.asarray(weight.sums[site.name]).reshape(-1)
+
+
+def _is_depthwise(eqn: compat.JaxprEqn) -> bool:
+    channels, _ = _features(eqn)
+    return eqn.params["feature_group_count"] == channels != 1
+
+
+def _handler(model: QuantizedModel, roundings: Any, call: SiteCall) -> tuple[Any, Any]:
+    weight, name = call.weight, call.site.name
+    if weight is None or name not in weight.packed:
+        if weight is not None:
+            call = dataclasses.replace(call, weight=weight.quantized)
+        return run_site(
+            model.plan, roundings, model.equal_grids, integer_kernel("cpu"), True, call
+        )[0], None
+    (grid,), (rounding,) = call.state, roundings[name]
+    key = (model.equal_grids[name][0], rounding)
+    with jax.named_scope(site_scope(name)):
+        codes = call.once(0, key, lambda x: codes_of(x, grid, rounding))
+    if 0 in call.shared:
+        call.store(0, Dequantized(codes, grid, compat.abstract(call.eqn.invars[0]).dtype))
+    return _product(call, codes, grid), None
+
+
+def _product(call: SiteCall, codes: Any, grid: QuantParams) -> Product:
+    """The site's product, to be computed with what follows it."""
+    weight, name, params = call.weight, call.site.name, call.eqn.params
+    packed, sums = weight.packed[name], weight.sums[name]
+    zero = jnp.zeros((), jnp.int32) if grid.symmetric else grid.zero_point.reshape(())
+    shape = _output_shape(call, codes)
+    channels = sums.shape[0]
+
+    def emit(tail: Tail, out: QuantParams | None) -> Any:
+        residual_grid = tail.residual_grid
+        residual = tail.residual
+        epilogue = kernels.Epilogue(
+            scale=tail.scale,
+            offset=tail.offset,
+            correction=-zero * sums,
+            residual=residual if residual is None or is_conv else residual.reshape(-1, channels),
+            residual_grid=None if residual_grid is None else _pair(residual_grid),
+            low=tail.low,
+            high=tail.high,
+            grid=None if out is None else _pair(out),
+        )
+        with jax.named_scope(site_scope(name)):
+            if not is_conv:
+                flat = codes.reshape(-1, math.prod(codes.shape[-contracted:]))
+                return kernels.dot(flat, packed, epilogue).reshape(shape)
+            run = kernels.depthwise if _is_depthwise(call.eqn) else kernels.conv
+            return run(
+                codes,
+                packed,
+                epilogue,
+                x_zero=zero,
+                strides=params["window_strides"],
+                padding=params["padding"],
+                dilation=params["rhs_dilation"],
+            )
+
+    is_conv = call.site.kind == "conv"
+    contracted = 0 if is_conv else len(params["dimension_numbers"][0][0])
+    scale = grid.scale.reshape(()) * weight.scales[name]
+    if not is_conv and len(shape) != codes.ndim - contracted + 1:
+        # Features in several dims: nothing is by channel of the last one alone.
+        return _Whole(emit, Tail(scale, jnp.zeros_like(scale)), shape)
+    return Product(emit, Tail(scale, jnp.zeros_like(scale)), shape)
+
+
+class _Whole(Product):
+    """A product whose features lie in several dims; it takes along clamps alone."""
+
+    def _by_channel(self, other: Any) -> Any:
+        return None
+
+
+def _pair(grid: QuantParams) -> tuple[Any, Any]:
+    return grid.scale.reshape(()), grid.zero_point.reshape(())
+
+
+def _output_shape(call: SiteCall, codes: Any) -> tuple[int, ...]:
+    """Of the site's result, at the batch size of the codes."""
+    traced = compat.abstract(call.eqn.outvars[0]).shape
+    return tuple(int(n) if isinstance(n, (int, np.integer)) else n for n in traced)
