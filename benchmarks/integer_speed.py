@@ -38,9 +38,11 @@ from rich.table import Table
 from speed_models import BATCHES, NETWORKS, Workload, workload
 
 import jaxrmils as jr
+from jaxrmils.lowering.native import kernels
 
 FLOAT, DEPTHWISE, INT8, INT4 = "float", "depthwise", "w8a8", "w4a8"
-CODES, DYNAMIC = "codes", "w8a8d"
+CODES, DYNAMIC, PRODUCTS = "codes", "w8a8d", "products"
+NATIVE, NATIVE_CODES, NATIVE_PRODUCTS = "native", "native codes", "native products"
 QWIX, QWIX_STATIC, ONNX = "qwix", "qwix static", "onnxruntime"
 TITLES = {
     FLOAT: "XLA float32",
@@ -48,12 +50,16 @@ TITLES = {
     INT8: "jaxrmils w8a8",
     CODES: "jaxrmils w8a8, shortcuts in codes",
     DYNAMIC: "jaxrmils w8a8d",
+    PRODUCTS: "jaxrmils w8a8, products of activations in float",
+    NATIVE: "jaxrmils w8a8, native kernels",
+    NATIVE_CODES: "native kernels, shortcuts in codes",
+    NATIVE_PRODUCTS: "native kernels, products of activations in float",
     INT4: "jaxrmils w4a8",
     QWIX: "qwix w8a8",
     QWIX_STATIC: "qwix w8a8, static ranges",
     ONNX: "onnxruntime int8",
 }
-AGAINST = (DEPTHWISE, CODES, DYNAMIC, QWIX, ONNX)
+AGAINST = (DEPTHWISE, CODES, DYNAMIC, PRODUCTS, NATIVE, QWIX, ONNX)
 CALIBRATION_BATCH = 2
 SLOW_ROUNDS = 3
 
@@ -98,15 +104,21 @@ def quantized(work: Workload, against: frozenset[str]) -> dict[str, tuple[Any, A
         formats[DYNAMIC] = "w8a8d"
     if DEPTHWISE in against and has_depthwise(work):
         formats[DEPTHWISE] = "float"
-    models = {
-        name: jr.quantize(graph, work.variables, jr.uniform(jr.tabulate(graph), form), ranges)
-        for name, form in formats.items()
+    table = jr.tabulate(graph)
+    plans = {name: jr.uniform(table, form) for name, form in formats.items()}
+    if PRODUCTS in against and work.is_bert:
+        plans[PRODUCTS] = jr.uniform(table, "w8a8", skip=["*dot_*"])
+    models: dict[str, Any] = {
+        name: jr.quantize(graph, work.variables, plan, ranges) for name, plan in plans.items()
     }
     if CODES in against:
         graph = dataclasses.replace(graph, shortcuts="codes")
         ranges = jr.calibrate(graph, work.variables, [example])
         plan = jr.uniform(jr.tabulate(graph), "w8a8")
         models[CODES] = jr.quantize(graph, work.variables, plan, ranges)
+    if NATIVE in against:
+        kinds = {INT8: NATIVE, CODES: NATIVE_CODES, PRODUCTS: NATIVE_PRODUCTS}
+        models |= {kinds[name]: jr.native(models[name]) for name in kinds if name in models}
     return {name: (model.apply, model.params) for name, model in models.items()}
 
 
@@ -118,8 +130,10 @@ def has_depthwise(work: Workload) -> bool:
 
 def prepare(work: Workload, against: frozenset[str]) -> Prepared:
     """Quantizes a network in every way that is asked for and installed."""
-    functions = {FLOAT: (work.apply, work.variables), **quantized(work, against)}
     absent: dict[str, str] = {}
+    if NATIVE in against and (reason := kernels.available()) is not None:
+        absent[NATIVE], against = reason, against - {NATIVE}
+    functions = {FLOAT: (work.apply, work.variables), **quantized(work, against)}
     if DEPTHWISE in against and DEPTHWISE not in functions:
         absent[DEPTHWISE] = "no depthwise convolution"
     example = work.make_inputs(CALIBRATION_BATCH)
@@ -273,11 +287,13 @@ def measure(
     console.print(f"Compiled {prepared.work.name}, batch {batch}; timing")
     seconds, others = cores_of_others(lambda: time_in_turns(contestants, rounds, slow))
     console.print("Timed" if others is None else f"Timed; others used {others:.2f} cores")
+    own = [name for name in (NATIVE_PRODUCTS, NATIVE_CODES, NATIVE) if name in seconds]
     rows = {
         name: {
             "milliseconds": 1e3 * statistics.median(seconds[name]),
             "speedup_over_float": ratio(seconds[FLOAT], seconds[name]),
             "w8a8_speedup_over_this": ratio(seconds[name], seconds[INT8]),
+            **({"native_speedup_over_this": ratio(seconds[name], seconds[own[0]])} if own else {}),
             "error": errors[name],
             **each.facts,
         }
@@ -347,7 +363,7 @@ def environment() -> dict[str, Any]:
 def show(title: str, result: Mapping[str, Any], console: Console) -> None:
     """Prints the table of a network at a batch size."""
     table = Table(title=title)
-    columns = ("", "ms", "float32 / this", "this / w8a8", "quartiles", "error")
+    columns = ("", "ms", "float32 / this", "this / w8a8", "quartiles", "this / native", "error")
     for column in (*columns, "trace s", "compile s", "params MB"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in result["rows"].items():
@@ -365,6 +381,7 @@ def show(title: str, result: Mapping[str, Any], console: Console) -> None:
             f"{row['speedup_over_float'][0]:.2f}",
             f"{middle:.2f}",
             f"{low:.2f} to {high:.2f}",
+            f"{row['native_speedup_over_this'][0]:.2f}" if NATIVE in result["rows"] else "-",
             f"{row['error']:.4f}",
             *facts,
         )
@@ -398,7 +415,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slow", type=float, default=2.0, help="seconds of a slow run (2)")
     parser.add_argument(
         "--against", type=listed, default=AGAINST,
-        help="any of depthwise,codes,w8a8d,qwix,onnxruntime (all); float is always there",
+        help="any of depthwise,codes,w8a8d,products,native,qwix,onnxruntime (all); float is always "
+        "there, and native kernels run what else is compared",
     )  # fmt: skip
     parser.add_argument("--weights", type=Path, help="a checkpoint, with one model (random)")
     parser.add_argument("--calls", type=int, default=2000, help="calls for the overhead (2000)")

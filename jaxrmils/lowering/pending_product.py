@@ -112,6 +112,8 @@ class Product(Coded):
         """Itself with a longer tail, or the pooling of its codes; None if neither fits."""
         if eqn.primitive.name == MAX_POOL:
             return Pool(self, eqn) if can_shift(eqn) else None
+        if eqn.primitive.name == "reshape":
+            return Reshaped(self, tuple(compat.abstract(eqn.outvars[0]).shape))
         out = compat.abstract(eqn.outvars[0])
         if tuple(out.shape) != self.shape or out.dtype != jnp.float32:
             return None
@@ -162,6 +164,25 @@ class Pool(Coded):
         """Maxima of codes: a grid never decreases."""
         lowest = code_range(grid.bits, grid.symmetric)[0]
         return shifted_max_pool(self.product.codes(grid, rounding), self.eqn, lowest)
+
+    def followed_by(self, eqn: compat.JaxprEqn, inputs: Sequence[Any], position: int) -> Any:
+        """Nothing follows without being computed."""
+        return None
+
+
+class Reshaped(Coded):
+    """A product in another shape."""
+
+    def __init__(self, product: Product, shape: tuple[int, ...]) -> None:
+        self.product, self.shape = product, shape
+
+    def value(self) -> Any:
+        """The values."""
+        return self.product.value().reshape(self.shape)
+
+    def codes(self, grid: QuantParams, rounding: Rounding) -> Array:
+        """The product's codes."""
+        return self.product.codes(grid, rounding).reshape(self.shape)
 
     def followed_by(self, eqn: compat.JaxprEqn, inputs: Sequence[Any], position: int) -> Any:
         """Nothing follows without being computed."""
@@ -247,6 +268,8 @@ def _clamp(eqn: compat.JaxprEqn, scalars: dict[Any, float]) -> tuple[float, floa
     if known.count(None) != 1:
         return None
     given = [value for value in known if value is not None]
+    if name == "clamp" and known[1] is None:
+        return given[0], given[1]
     if name in ("max", "min") and len(given) == 1:
         return (given[0], math.inf) if name == "max" else (-math.inf, given[0])
     inner = [jaxpr for _, jaxpr in compat.inner_jaxprs(eqn)]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrmils.lowering.native import kernels
 from jaxrmils.zoo import MobileNetV2
 from jaxrmils.zoo.layers import ConvNorm, batch_norm
 
@@ -63,6 +64,7 @@ def test_quick_run_writes_results_and_keeps_those_of_others(tmp_path):
         assert rows["w4a8"]["buffer_bytes"] < rows["w8a8"]["buffer_bytes"]
         assert rows["w8a8"]["buffer_bytes"] < 0.5 * rows["float"]["buffer_bytes"]
         assert result["absent"]["depthwise"] == "no depthwise convolution"
+        assert ("native" in rows) == (kernels.available() is None)
         for name, is_there in (
             ("qwix", installed("qwix")),
             ("onnxruntime", installed("onnx", "onnxruntime")),

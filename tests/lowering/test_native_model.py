@@ -177,6 +177,20 @@ def test_what_several_operations_read_is_computed_once(emitted):
     assert [(name, codes) for name, *_, codes in emitted] == [("dot", False)] * 2
 
 
+def test_heads_are_split_in_codes(emitted):
+    def scores(p, x):
+        q, k = ((x @ p[n] + p["bias"][None, None]).reshape(-1, 4, 2, 4) for n in "qk")
+        return jnp.einsum("bthd,bshd->bhts", q, k)
+
+    params = {"q": random(8, 8), "k": random(8, 8, seed=2), "bias": random(8, seed=3)}
+    x = random(3, 4, 8, seed=4)
+    graph = jr.trace(scores, params, x)
+    ranges = jr.calibrate(graph, params, [x], estimator="minmax")
+    model = jr.quantize(graph, params, jr.uniform(jr.tabulate(graph), "w8a8"), ranges)
+    close(jr.native(model)(x), model(x))
+    assert [codes for *_, codes in emitted] == [True, True]
+
+
 def test_sums_differences_and_quotients_by_channel_are_taken_along(emitted):
     def arithmetic(p, x):
         y = (2.0 - x @ p["w"]) / p["b"][None] * 3.0
@@ -254,6 +268,7 @@ def test_other_backends_and_missing_kernels_are_refused(monkeypatch):
         (lambda x: jnp.clip(x, -1, 3), (-1.0, 3.0)),
         (lambda x: jnp.minimum(x, 2.0), (-math.inf, 2.0)),
         (jax.jit(lambda x: jnp.minimum(jax.nn.relu(x), -1.0)), (-1.0, -1.0)),
+        (lambda x: jax.lax.clamp(-0.5, x, 2.0), (-0.5, 2.0)),
         (jax.nn.gelu, None),
         (jax.nn.hard_tanh, None),
         (jax.jit(lambda x: jnp.maximum(x, x)), None),
