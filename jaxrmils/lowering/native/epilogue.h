@@ -46,13 +46,13 @@ struct Epilogue {
     }
   }
 
-  // Codes of values outside +-2^20 steps saturate anyway. Clamping there keeps the quotient in
-  // int32, and a clamp after a clamp is one clamp.
+  // Values beyond the outermost codes have these codes, and a clamp after a clamp is one clamp.
   void close() {
     if (!codes) return;
-    const float bound = std::fmin(out_scale * 0x1p20f, FLT_MAX);
-    low = std::fmin(std::fmax(low, -bound), bound);
-    high = std::fmin(std::fmax(high, -bound), bound);
+    const float first = std::fmax(float(-128 - out_zero) * out_scale, -FLT_MAX);
+    const float last = std::fmin(float(127 - out_zero) * out_scale, FLT_MAX);
+    low = std::fmin(std::fmax(low, first), last);
+    high = std::fmin(std::fmax(high, first), last);
   }
 };
 
@@ -70,42 +70,55 @@ struct EpilogueVectors {
         out_zero(_mm512_set1_epi32(e.out_zero)),
         residual_zero(_mm512_set1_epi32(e.residual_zero)) {}
 
-  // Rounded codes that are not saturated yet.
-  __m512i steps(__m512 y) const {
+  // Codes of clamped values.
+  __m512i quantized(__m512 y) const {
     return _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_div_ps(y, out_scale)), out_zero);
   }
 };
+
+template <Residual kind, bool codes>
+inline void finish_vector(const Epilogue& e, const EpilogueVectors& k, __m512i sum,
+                          __m512 scale, __m512 offset, int64_t at, __mmask16 some) {
+  __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), offset);
+  if constexpr (kind == Residual::kFloat) {
+    const float* residual = static_cast<const float*>(e.residual) + at;
+    y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(some, residual));
+  } else if constexpr (kind == Residual::kCodes) {
+    const int8_t* residual = static_cast<const int8_t*>(e.residual) + at;
+    const __m512i code = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, residual));
+    const __m512 steps = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, k.residual_zero));
+    y = _mm512_add_ps(y, _mm512_mul_ps(k.residual_scale, steps));
+  }
+  y = _mm512_min_ps(_mm512_max_ps(y, k.low), k.high);
+  if constexpr (codes) {
+    const __m128i bytes = _mm512_cvtepi32_epi8(k.quantized(y));
+    int8_t* out = static_cast<int8_t*>(e.out) + at;
+    if (some == 0xffff) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+    } else {
+      _mm_mask_storeu_epi8(out, some, bytes);
+    }
+  } else {
+    _mm512_mask_storeu_ps(static_cast<float*>(e.out) + at, some, y);
+  }
+}
+
+inline __mmask16 existing(int64_t channels) {
+  return channels >= kLanes ? 0xffff : __mmask16((1u << channels) - 1);
+}
 
 template <Residual kind, bool codes>
 void finish_rows(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t rows,
                  int64_t row, int64_t channel, int64_t count) {
   const EpilogueVectors k(e);
   for (int64_t o = channel; o < channel + count; o += kLanes, sums += kLanes) {
-    const int64_t left = channel + count - o;
-    const __mmask16 some = left >= kLanes ? 0xffff : __mmask16((1u << left) - 1);
+    const __mmask16 some = existing(channel + count - o);
     const __m512 scale = _mm512_loadu_ps(&e.scale[size_t(o)]);
     const __m512 offset = _mm512_loadu_ps(&e.offset[size_t(o)]);
-    const __m512i correction = _mm512_loadu_si512(&e.correction[size_t(o)]);
     int64_t at = row * e.channels + o;
     for (int64_t i = 0; i < rows; ++i, at += e.channels) {
-      const __m512i sum = _mm512_add_epi32(_mm512_loadu_si512(sums + i * pitch), correction);
-      __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), offset);
-      if constexpr (kind == Residual::kFloat) {
-        const float* residual = static_cast<const float*>(e.residual) + at;
-        y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(some, residual));
-      } else if constexpr (kind == Residual::kCodes) {
-        const int8_t* residual = static_cast<const int8_t*>(e.residual) + at;
-        const __m512i code = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, residual));
-        const __m512 steps = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, k.residual_zero));
-        y = _mm512_add_ps(y, _mm512_mul_ps(k.residual_scale, steps));
-      }
-      y = _mm512_min_ps(_mm512_max_ps(y, k.low), k.high);
-      if constexpr (codes) {
-        _mm_mask_storeu_epi8(static_cast<int8_t*>(e.out) + at, some,
-                             _mm512_cvtsepi32_epi8(k.steps(y)));
-      } else {
-        _mm512_mask_storeu_ps(static_cast<float*>(e.out) + at, some, y);
-      }
+      const __m512i sum = _mm512_loadu_si512(sums + i * pitch);
+      finish_vector<kind, codes>(e, k, sum, scale, offset, at, some);
     }
   }
 }
@@ -119,8 +132,7 @@ void finish_rows(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t 
     for (int64_t j = 0; j < count; ++j) {
       const size_t o = size_t(channel + j);
       const int64_t at = (row + i) * e.channels + channel + j;
-      const int32_t sum = int32_t(uint32_t(sums[i * pitch + j]) + uint32_t(e.correction[o]));
-      const float scaled = float(sum) * e.scale[o];
+      const float scaled = float(sums[i * pitch + j]) * e.scale[o];
       float y = scaled + e.offset[o];
       if (kind == Residual::kFloat) {
         y = y + static_cast<const float*>(e.residual)[at];
@@ -143,7 +155,7 @@ void finish_rows(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t 
 #endif
 
 // Finishes `rows` output rows (pixels) from `row` on, and `count` channels of each from
-// `channel` on. Row i's sums start at sums + i * pitch.
+// `channel` on. Row i's sums, which hold the correction, start at sums + i * pitch.
 inline void finish(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t rows,
                    int64_t row, int64_t channel, int64_t count) {
   auto run = finish_rows<Residual::kNone, false>;

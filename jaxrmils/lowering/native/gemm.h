@@ -20,17 +20,17 @@ constexpr int kMaxRows = 14;   // of a tile of one or two panels
 constexpr int kFewRows = 6;    // of a tile of four panels
 constexpr int64_t kL1 = 24 << 10, kL2 = 256 << 10;  // bytes that rows and results may take
 
-// sums[i * pitch + 16 v + lane] = rows[i] . weights[v][:, lane]
+// sums[i * pitch + 16 v + lane] = start[16 v + lane] + rows[i] . weights[v][:, lane]
 #ifdef JAXRMILS_VNNI
 
 template <int kRows, int kPanels>
 void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t panel,
-          int64_t quads, int32_t* sums, int64_t pitch) {
+          int64_t quads, const int32_t* start, int32_t* sums, int64_t pitch) {
   __m512i acc[kRows][kPanels];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanels; ++v) acc[i][v] = _mm512_setzero_si512();
+    for (int v = 0; v < kPanels; ++v) acc[i][v] = _mm512_loadu_si512(start + v * kLanes);
   }
   // Every third row has a pointer, the others an index register: fewer registers than rows.
   constexpr int kPointers = (kRows + 2) / 3;
@@ -66,10 +66,11 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
 
 template <int kRows, int kPanels>
 void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t panel,
-          int64_t quads, int32_t* sums, int64_t pitch) {
+          int64_t quads, const int32_t* start, int32_t* sums, int64_t pitch) {
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kPanels; ++v) {
-      int32_t acc[kLanes] = {};
+      int32_t acc[kLanes];
+      std::memcpy(acc, start + v * kLanes, sizeof(acc));
       for (int64_t q = 0; q < quads; ++q) {
         const uint8_t* x = rows + i * stride + 4 * q;
         const int8_t* w = weights + v * panel + 64 * q;
@@ -86,8 +87,8 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
 
 #endif
 
-using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int64_t, int32_t*,
-                      int64_t);
+using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int64_t,
+                      const int32_t*, int32_t*, int64_t);
 
 template <int kPanels, size_t... rows>
 Tile choose(int64_t count, std::index_sequence<rows...>) {
@@ -132,7 +133,7 @@ inline void multiply(const Weights& w, const Epilogue& e, const uint8_t* rows, i
     for (int64_t i = 0, tiles = ceil_div(count, most); tiles > 0; --tiles) {
       const int64_t height = ceil_div(count - i, tiles);
       choose(height, panels)(rows + i * stride, stride, w.packed + p * panel, panel, w.quads,
-                             sums, pitch);
+                             &e.correction[size_t(p * kLanes)], sums, pitch);
       finish(e, sums, pitch, height, row + i, p * kLanes, channels);
       i += height;
     }

@@ -82,7 +82,8 @@ ffi::Error depthwise_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints s
                               residual_zero, out_scale, out_zero, low, high, *out);
   const auto packed = weights.dimensions();
   depthwise(pool, window(x, *out, kernel, strides, low_padding, dilation), x.typed_data(),
-            int8_t(*x_zero.typed_data()), {weights.typed_data(), packed[1], packed[0]}, e);
+            int8_t(*x_zero.typed_data()),
+            {weights.typed_data(), packed[0], packed[1], packed[2]}, e);
   return ffi::Error::Success();
 }
 
