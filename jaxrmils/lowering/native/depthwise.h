@@ -58,7 +58,7 @@ struct Channels;
     static Int high16(Int a, Int b) { return P##_unpackhi_epi16(a, b); }                        \
     static Int sum(Int acc, Int x, Int w) { return P##_dpbusd_epi32(acc, x, w); }               \
     static Int shorts(int v) { return P##_set1_epi16(short(v)); }                               \
-    static Int add16(Int a, Int b) { return P##_add_epi16(a, b); }                              \
+    static Int add16(Int a, Int b) { return P##_adds_epi16(a, b); }                             \
     static Int pack32(Int a, Int b) { return P##_packs_epi32(a, b); }                           \
     static Int pack16(Int a, Int b) { return P##_packs_epi16(a, b); }                           \
     static Float floats(float v) { return P##_set1_ps(v); }                                     \
@@ -68,8 +68,8 @@ struct Channels;
     static Float mul(Float a, Float b) { return P##_mul_ps(a, b); }                             \
     static Float add(Float a, Float b) { return P##_add_ps(a, b); }                             \
     static Float div(Float a, Float b) { return P##_div_ps(a, b); }                             \
-    static Float max(Float a, Float b) { return P##_max_ps(a, b); }                             \
-    static Float min(Float a, Float b) { return P##_min_ps(a, b); }                             \
+    static Int max8(Int a, Int b) { return P##_max_epi8(a, b); }                                \
+    static Int min8(Int a, Int b) { return P##_min_epi8(a, b); }                                \
   };
 #define JAXRMILS_LOAD256(p) _mm256_loadu_si256(static_cast<const __m256i*>(p))
 #define JAXRMILS_LOAD128(p) _mm_loadu_si128(static_cast<const __m128i*>(p))
@@ -99,8 +99,9 @@ struct DepthwiseBlock {
   Int* weights;     // [shift][tap][4], taps as in the packed weights
   Int* quads;       // [column][quad][4]
   int32_t* sums;    // of a row, where the epilogue is not finished here
-  float scale[kWidth], offset[kWidth];
-  int32_t correction[kWidth];
+  alignas(64) float scale[kWidth];
+  alignas(64) float offset[kWidth];
+  alignas(64) int32_t correction[kWidth];
 
   // What the four vectors hold where channels are in order, four bytes for each.
   template <class T>
@@ -178,7 +179,7 @@ struct DepthwiseBlock {
     const Epilogue& e = part.e;
     const int64_t steps = part.w.quads * 4;
     const int64_t across = g.dilation_w * steps, next = g.stride_w * steps;
-    const Float low = V::floats(e.low), high = V::floats(e.high);
+    const Int low = V::bytes(e.low_code), high = V::bytes(e.high_code);
     const Float out_scale = V::floats(e.out_scale);
     const Int out_zero = V::shorts(e.out_zero);
     constexpr int kFloats = kWidth / 4;
@@ -221,11 +222,12 @@ struct DepthwiseBlock {
         for (int j = 0; j < 4; ++j) {
           y[j] = V::mul(V::to_float(acc[j]), V::load_floats(scale + j * kFloats));
           y[j] = V::add(y[j], V::load_floats(offset + j * kFloats));
-          y[j] = V::div(V::min(V::max(y[j], low), high), out_scale);
+          y[j] = V::div(y[j], out_scale);
         }
         const Int first8 = V::pack32(V::to_int(y[0]), V::to_int(y[1]));
         const Int last8 = V::pack32(V::to_int(y[2]), V::to_int(y[3]));
-        const Int codes = V::pack16(V::add16(first8, out_zero), V::add16(last8, out_zero));
+        Int codes = V::pack16(V::add16(first8, out_zero), V::add16(last8, out_zero));
+        codes = V::min8(V::max8(codes, low), high);
         if (count == kWidth) {
           V::store(out, codes);
         } else {
@@ -239,7 +241,7 @@ struct DepthwiseBlock {
     const Window& g = part.g;
     const DepthwiseWeights& w = part.w;
     prepare();
-    const bool here = part.e.codes && part.e.kind == Residual::kNone;
+    const bool here = part.e.codes && part.e.in_int32 && part.e.kind == Residual::kNone;
     const int64_t taps = w.quads * g.kernel_width;
     const int64_t together = g.stride_h == 1 && g.dilation_h == 1 ? w.shifts : 1;
     const int64_t span = (g.kernel_width - 1) * g.dilation_w + 1;
