@@ -16,6 +16,9 @@ namespace jaxrmils {
 
 enum class Residual { kNone, kFloat, kCodes };
 
+// What is written: floats, codes of any values, codes of values that are `in_int32`.
+enum class Result { kFloat, kCodes, kCodesInInt32 };
+
 struct Epilogue {
   // Per output channel, filled up with zeros to whole vectors.
   std::vector<float> scale, offset;
@@ -28,6 +31,8 @@ struct Epilogue {
   bool codes = false;  // int8 out
   float out_scale = 1;
   int32_t out_zero = 0;
+  int8_t low_code = -128, high_code = 127;
+  bool in_int32 = false;  // whether y / out_scale is sure to be
   void* out = nullptr;
   int64_t channels = 0;
 
@@ -46,13 +51,31 @@ struct Epilogue {
     }
   }
 
-  // Codes of values outside +-2^20 steps saturate anyway. Clamping there keeps the quotient in
-  // int32, and a clamp after a clamp is one clamp.
-  void close() {
+  // After all else is set; `products` of codes are summed in one result.
+  void close(int64_t products) {
     if (!codes) return;
-    const float bound = std::fmin(out_scale * 0x1p20f, FLT_MAX);
-    low = std::fmin(std::fmax(low, -bound), bound);
-    high = std::fmin(std::fmax(high, -bound), bound);
+    float largest = 0;
+    for (int64_t o = 0; o < channels; ++o) {
+      const float sum = float(products) * (255 * 128) + std::fabs(float(correction[size_t(o)]));
+      largest = std::fmax(largest, sum * std::fabs(scale[size_t(o)]) +
+                                       std::fabs(offset[size_t(o)]));
+    }
+    if (kind == Residual::kCodes) largest += 255 * residual_scale;
+    in_int32 = kind != Residual::kFloat && largest / out_scale < 0x1p30f;
+    // Quantization never decreases: a clamp of values is one of codes.
+    low_code = quantized(low);
+    high_code = quantized(high);
+    // Where a quotient may not fit in int32, values beyond the outermost codes are cut off before
+    // the division; they have these codes anyway.
+    const float first = std::fmax(float(-128 - out_zero) * out_scale, -FLT_MAX);
+    const float last = std::fmin(float(127 - out_zero) * out_scale, FLT_MAX);
+    low = std::fmin(std::fmax(low, first), last);
+    high = std::fmin(std::fmax(high, first), last);
+  }
+
+  int8_t quantized(float y) const {
+    const float code = std::nearbyint(y / out_scale) + float(out_zero);
+    return int8_t(std::fmin(std::fmax(code, -128.f), 127.f));
   }
 };
 
@@ -62,65 +85,82 @@ struct Epilogue {
 struct EpilogueVectors {
   __m512 low, high, out_scale, residual_scale;
   __m512i out_zero, residual_zero;
+  __m128i low_code, high_code;
   explicit EpilogueVectors(const Epilogue& e)
       : low(_mm512_set1_ps(e.low)),
         high(_mm512_set1_ps(e.high)),
         out_scale(_mm512_set1_ps(e.out_scale)),
         residual_scale(_mm512_set1_ps(e.residual_scale)),
         out_zero(_mm512_set1_epi32(e.out_zero)),
-        residual_zero(_mm512_set1_epi32(e.residual_zero)) {}
-
-  // Rounded codes that are not saturated yet.
-  __m512i steps(__m512 y) const {
-    return _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_div_ps(y, out_scale)), out_zero);
-  }
+        residual_zero(_mm512_set1_epi32(e.residual_zero)),
+        low_code(_mm_set1_epi8(e.low_code)),
+        high_code(_mm_set1_epi8(e.high_code)) {}
 };
 
-template <Residual kind, bool codes>
+// Writes a vector of the result, whose first element is number `at`.
+template <Residual kind, Result result>
+inline void finish_vector(const Epilogue& e, const EpilogueVectors& k, __m512i sum, __m512 scale,
+                          __m512 offset, int64_t at, __mmask16 some) {
+  __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), offset);
+  if constexpr (kind == Residual::kFloat) {
+    const float* residual = static_cast<const float*>(e.residual) + at;
+    y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(some, residual));
+  } else if constexpr (kind == Residual::kCodes) {
+    const int8_t* residual = static_cast<const int8_t*>(e.residual) + at;
+    const __m512i code = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, residual));
+    const __m512 steps = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, k.residual_zero));
+    y = _mm512_add_ps(y, _mm512_mul_ps(k.residual_scale, steps));
+  }
+  if constexpr (result != Result::kCodesInInt32) {
+    y = _mm512_min_ps(_mm512_max_ps(y, k.low), k.high);
+  }
+  if constexpr (result == Result::kFloat) {
+    _mm512_mask_storeu_ps(static_cast<float*>(e.out) + at, some, y);
+  } else {
+    const __m512i steps = _mm512_cvtps_epi32(_mm512_div_ps(y, k.out_scale));
+    __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_add_epi32(steps, k.out_zero));
+    if constexpr (result == Result::kCodesInInt32) {
+      bytes = _mm_min_epi8(_mm_max_epi8(bytes, k.low_code), k.high_code);
+    }
+    int8_t* out = static_cast<int8_t*>(e.out) + at;
+    if (some == 0xffff) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+    } else {
+      _mm_mask_storeu_epi8(out, some, bytes);
+    }
+  }
+}
+
+inline __mmask16 existing(int64_t channels) {
+  return channels >= kLanes ? 0xffff : __mmask16((1u << channels) - 1);
+}
+
+template <Residual kind, Result result>
 void finish_rows(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t rows,
                  int64_t row, int64_t channel, int64_t count) {
   const EpilogueVectors k(e);
   for (int64_t o = channel; o < channel + count; o += kLanes, sums += kLanes) {
-    const int64_t left = channel + count - o;
-    const __mmask16 some = left >= kLanes ? 0xffff : __mmask16((1u << left) - 1);
+    const __mmask16 some = existing(channel + count - o);
     const __m512 scale = _mm512_loadu_ps(&e.scale[size_t(o)]);
     const __m512 offset = _mm512_loadu_ps(&e.offset[size_t(o)]);
-    const __m512i correction = _mm512_loadu_si512(&e.correction[size_t(o)]);
     int64_t at = row * e.channels + o;
     for (int64_t i = 0; i < rows; ++i, at += e.channels) {
-      const __m512i sum = _mm512_add_epi32(_mm512_loadu_si512(sums + i * pitch), correction);
-      __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), offset);
-      if constexpr (kind == Residual::kFloat) {
-        const float* residual = static_cast<const float*>(e.residual) + at;
-        y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(some, residual));
-      } else if constexpr (kind == Residual::kCodes) {
-        const int8_t* residual = static_cast<const int8_t*>(e.residual) + at;
-        const __m512i code = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, residual));
-        const __m512 steps = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, k.residual_zero));
-        y = _mm512_add_ps(y, _mm512_mul_ps(k.residual_scale, steps));
-      }
-      y = _mm512_min_ps(_mm512_max_ps(y, k.low), k.high);
-      if constexpr (codes) {
-        _mm_mask_storeu_epi8(static_cast<int8_t*>(e.out) + at, some,
-                             _mm512_cvtsepi32_epi8(k.steps(y)));
-      } else {
-        _mm512_mask_storeu_ps(static_cast<float*>(e.out) + at, some, y);
-      }
+      const __m512i sum = _mm512_loadu_si512(sums + i * pitch);
+      finish_vector<kind, result>(e, k, sum, scale, offset, at, some);
     }
   }
 }
 
 #else
 
-template <Residual kind, bool codes>
+template <Residual kind, Result result>
 void finish_rows(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t rows,
                  int64_t row, int64_t channel, int64_t count) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < count; ++j) {
       const size_t o = size_t(channel + j);
       const int64_t at = (row + i) * e.channels + channel + j;
-      const int32_t sum = int32_t(uint32_t(sums[i * pitch + j]) + uint32_t(e.correction[o]));
-      const float scaled = float(sum) * e.scale[o];
+      const float scaled = float(sums[i * pitch + j]) * e.scale[o];
       float y = scaled + e.offset[o];
       if (kind == Residual::kFloat) {
         y = y + static_cast<const float*>(e.residual)[at];
@@ -130,9 +170,8 @@ void finish_rows(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t 
         y = y + r;
       }
       y = std::fmin(std::fmax(y, e.low), e.high);
-      if (codes) {
-        const float code = std::nearbyint(y / e.out_scale) + float(e.out_zero);
-        static_cast<int8_t*>(e.out)[at] = int8_t(std::fmin(std::fmax(code, -128.f), 127.f));
+      if (result != Result::kFloat) {
+        static_cast<int8_t*>(e.out)[at] = e.quantized(y);
       } else {
         static_cast<float*>(e.out)[at] = y;
       }
@@ -143,22 +182,22 @@ void finish_rows(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t 
 #endif
 
 // Finishes `rows` output rows (pixels) from `row` on, and `count` channels of each from
-// `channel` on. Row i's sums start at sums + i * pitch.
+// `channel` on. Row i's sums, which hold the correction, start at sums + i * pitch.
 inline void finish(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t rows,
                    int64_t row, int64_t channel, int64_t count) {
-  auto run = finish_rows<Residual::kNone, false>;
-  switch (e.kind) {
-    case Residual::kNone:
-      if (e.codes) run = finish_rows<Residual::kNone, true>;
-      break;
-    case Residual::kFloat:
-      run = e.codes ? finish_rows<Residual::kFloat, true> : finish_rows<Residual::kFloat, false>;
-      break;
-    case Residual::kCodes:
-      run = e.codes ? finish_rows<Residual::kCodes, true> : finish_rows<Residual::kCodes, false>;
-      break;
-  }
-  run(e, sums, pitch, rows, row, channel, count);
+  using Finish = void (*)(const Epilogue&, const int32_t*, int64_t, int64_t, int64_t, int64_t,
+                          int64_t);
+  using K = Residual;
+  using R = Result;
+  static constexpr Finish choices[3][3] = {
+      {finish_rows<K::kNone, R::kFloat>, finish_rows<K::kNone, R::kCodes>,
+       finish_rows<K::kNone, R::kCodesInInt32>},
+      {finish_rows<K::kFloat, R::kFloat>, finish_rows<K::kFloat, R::kCodes>,
+       finish_rows<K::kFloat, R::kCodesInInt32>},
+      {finish_rows<K::kCodes, R::kFloat>, finish_rows<K::kCodes, R::kCodes>,
+       finish_rows<K::kCodes, R::kCodesInInt32>}};
+  const R result = !e.codes ? R::kFloat : e.in_int32 ? R::kCodesInInt32 : R::kCodes;
+  choices[int(e.kind)][int(result)](e, sums, pitch, rows, row, channel, count);
 }
 
 }  // namespace jaxrmils

@@ -16,60 +16,91 @@
 
 namespace jaxrmils {
 
-constexpr int kMaxRows = 14;   // of a tile of one or two panels
-constexpr int kFewRows = 6;    // of a tile of four panels
+constexpr int kMaxRows = 14;  // of a tile of one or two panels
+constexpr int kFewRows = 6;   // of a tile of three or four panels
+// Of a tile of two, and of three or four panels, whose epilogue needs registers too. Beyond this
+// depth taller tiles are better, and a detour of their sums through memory costs little.
+constexpr int kHereRows = 8, kHereFewRows = 4;
+constexpr int64_t kHereQuads = 200;
 constexpr int64_t kL1 = 24 << 10, kL2 = 256 << 10;  // bytes that rows and results may take
 
-// sums[i * pitch + 16 v + lane] = rows[i] . weights[v][:, lane]
+// Rows times panels of weights. Writes results of `channels` channels from `channel` on, rows from
+// `row` on, where kHere, else sums[i * kPanels * 16 + 16 v + lane].
 #ifdef JAXRMILS_VNNI
 
-template <int kRows, int kPanels>
+// Calls f(0), ..., f(n - 1) with numbers that the compiler knows, so that arrays indexed by them
+// stay in registers.
+template <class F, int... i>
+[[gnu::always_inline]] inline void each(F f, std::integer_sequence<int, i...>) {
+  (f(std::integral_constant<int, i>()), ...);
+}
+template <int n>
+using Numbers = std::make_integer_sequence<int, n>;
+#define JAXRMILS_INLINE __attribute__((always_inline))
+
+template <int kRows, int kPanels, bool kHere>
 void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t panel,
-          int64_t quads, int32_t* sums, int64_t pitch) {
+          int64_t quads, const Epilogue& e, int64_t row, int64_t channel, int64_t channels,
+          int32_t* sums) {
+  constexpr Numbers<kRows> every_row;
+  constexpr Numbers<kPanels> every_panel;
   __m512i acc[kRows][kPanels];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kPanels; ++v) acc[i][v] = _mm512_setzero_si512();
-  }
+  each([&](auto v) JAXRMILS_INLINE {
+    const __m512i start = _mm512_loadu_si512(&e.correction[size_t(channel + v * kLanes)]);
+    each([&](auto i) JAXRMILS_INLINE { acc[i][v] = start; }, every_row);
+  }, every_panel);
   // Every third row has a pointer, the others an index register: fewer registers than rows.
-  constexpr int kPointers = (kRows + 2) / 3;
-  const uint8_t* at[kPointers];
-#pragma GCC unroll 8
-  for (int j = 0; j < kPointers; ++j) at[j] = rows + 3 * j * stride;
-  for (int64_t q = 0; q < quads; ++q) {
+  constexpr Numbers<(kRows + 2) / 3> every_pointer;
+  const uint8_t* at[(kRows + 2) / 3];
+  each([&](auto j) JAXRMILS_INLINE { at[j] = rows + 3 * j * stride; }, every_pointer);
+  for (int64_t q = 0; q < quads; ++q, weights += 64) {
     __m512i w[kPanels];
-#pragma GCC unroll 4
-    for (int v = 0; v < kPanels; ++v) w[v] = _mm512_loadu_si512(weights + v * panel);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
+    each([&](auto v) JAXRMILS_INLINE { w[v] = _mm512_loadu_si512(weights + v * panel); },
+         every_panel);
+    each([&](auto i) JAXRMILS_INLINE {
       int32_t four;
       std::memcpy(&four, at[i / 3] + (i % 3) * stride, 4);
       const __m512i x = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-      for (int v = 0; v < kPanels; ++v) acc[i][v] = _mm512_dpbusd_epi32(acc[i][v], x, w[v]);
-    }
-    weights += 64;
-#pragma GCC unroll 8
-    for (int j = 0; j < kPointers; ++j) at[j] += 4;
+      each([&](auto v) JAXRMILS_INLINE {
+        acc[i][v] = _mm512_dpbusd_epi32(acc[i][v], x, w[v]);
+      }, every_panel);
+    }, every_row);
+    each([&](auto j) JAXRMILS_INLINE { at[j] += 4; }, every_pointer);
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kPanels; ++v) {
-      _mm512_storeu_si512(sums + i * pitch + v * kLanes, acc[i][v]);
-    }
+  if constexpr (kHere) {
+    const EpilogueVectors k(e);
+    each([&](auto v) JAXRMILS_INLINE {
+      const int64_t o = channel + v * kLanes;
+      const __mmask16 some = existing(channels - v * kLanes);
+      const __m512 scale = _mm512_loadu_ps(&e.scale[size_t(o)]);
+      const __m512 offset = _mm512_loadu_ps(&e.offset[size_t(o)]);
+      int64_t to = row * e.channels + o;
+      each([&](auto i) JAXRMILS_INLINE {
+        finish_vector<Residual::kNone, Result::kCodesInInt32>(e, k, acc[i][v], scale, offset, to,
+                                                              some);
+        to += e.channels;
+      }, every_row);
+    }, every_panel);
+  } else {
+    each([&](auto i) JAXRMILS_INLINE {
+      each([&](auto v) JAXRMILS_INLINE {
+        _mm512_storeu_si512(sums + (i * kPanels + v) * kLanes, acc[i][v]);
+      }, every_panel);
+    }, every_row);
   }
 }
 
+constexpr bool kCanFinish = true;
+
 #else
 
-template <int kRows, int kPanels>
+template <int kRows, int kPanels, bool kHere>
 void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t panel,
-          int64_t quads, int32_t* sums, int64_t pitch) {
+          int64_t quads, const Epilogue& e, int64_t, int64_t channel, int64_t, int32_t* sums) {
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kPanels; ++v) {
-      int32_t acc[kLanes] = {};
+      int32_t acc[kLanes];
+      std::memcpy(acc, &e.correction[size_t(channel + v * kLanes)], sizeof(acc));
       for (int64_t q = 0; q < quads; ++q) {
         const uint8_t* x = rows + i * stride + 4 * q;
         const int8_t* w = weights + v * panel + 64 * q;
@@ -79,27 +110,33 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
           acc[lane] = int32_t(uint32_t(acc[lane]) + uint32_t(sum));
         }
       }
-      std::memcpy(sums + i * pitch + v * kLanes, acc, sizeof(acc));
+      std::memcpy(sums + (i * kPanels + v) * kLanes, acc, sizeof(acc));
     }
   }
 }
 
+constexpr bool kCanFinish = false;
+
 #endif
 
-using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int64_t, int32_t*,
-                      int64_t);
+using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int64_t, const Epilogue&,
+                      int64_t, int64_t, int64_t, int32_t*);
 
-template <int kPanels, size_t... rows>
+template <int kPanels, bool kHere, size_t... rows>
 Tile choose(int64_t count, std::index_sequence<rows...>) {
-  static constexpr Tile tiles[] = {tile<int(rows) + 1, kPanels>...};
+  static constexpr Tile tiles[] = {tile<int(rows) + 1, kPanels, kHere>...};
   return tiles[count - 1];
 }
 
-inline Tile choose(int64_t rows, int64_t panels) {
-  if (panels == 4) return choose<4>(rows, std::make_index_sequence<kFewRows>());
-  if (panels == 3) return choose<3>(rows, std::make_index_sequence<kFewRows>());
-  if (panels == 2) return choose<2>(rows, std::make_index_sequence<kMaxRows>());
-  return choose<1>(rows, std::make_index_sequence<kMaxRows>());
+template <bool kHere>
+Tile choose(int64_t rows, int64_t panels) {
+  constexpr std::make_index_sequence<kMaxRows> one;
+  constexpr std::make_index_sequence<kHere ? kHereRows : kMaxRows> two;
+  constexpr std::make_index_sequence<kHere ? kHereFewRows : kFewRows> more;
+  if (panels == 4) return choose<4, kHere>(rows, more);
+  if (panels == 3) return choose<3, kHere>(rows, more);
+  if (panels == 2) return choose<2, kHere>(rows, two);
+  return choose<1, kHere>(rows, one);
 }
 
 struct Weights {
@@ -122,18 +159,23 @@ inline void multiply(const Weights& w, const Epilogue& e, const uint8_t* rows, i
                                ? kMaxRows * 2 * kLanes
                                : kFewRows * 4 * kLanes];
   const int64_t panel = w.quads * 64;
-  const int64_t wide = count <= kFewRows ? 4 : 2;
+  const bool here = kCanFinish && e.codes && e.in_int32 && e.kind == Residual::kNone &&
+                    w.quads <= kHereQuads;
+  const int64_t few = here ? kHereFewRows : kFewRows, wide = count <= few ? 4 : 2;
   for (int64_t p = first; p < last;) {
     const int64_t panels = std::min(wide, last - p);
-    const int64_t most = panels > 2 ? kFewRows : kMaxRows;
-    const int64_t channels = std::min(panels * kLanes, e.channels - p * kLanes);
-    const int64_t pitch = panels * kLanes;
+    const int64_t most = panels > 2 ? few : here && panels == 2 ? kHereRows : kMaxRows;
+    const int64_t channel = p * kLanes;
+    const int64_t channels = std::min(panels * kLanes, e.channels - channel);
     // Tiles of equal height: a short last one would read weights for few products.
     for (int64_t i = 0, tiles = ceil_div(count, most); tiles > 0; --tiles) {
       const int64_t height = ceil_div(count - i, tiles);
-      choose(height, panels)(rows + i * stride, stride, w.packed + p * panel, panel, w.quads,
-                             sums, pitch);
-      finish(e, sums, pitch, height, row + i, p * kLanes, channels);
+      const Tile run = here ? choose<kCanFinish>(height, panels) : choose<false>(height, panels);
+      run(rows + i * stride, stride, w.packed + p * panel, panel, w.quads, e, row + i, channel,
+          channels, sums);
+      if (!here) {
+        finish(e, sums, panels * kLanes, height, row + i, channel, channels);
+      }
       i += height;
     }
     p += panels;

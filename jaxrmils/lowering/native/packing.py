@@ -1,7 +1,8 @@
 """Weight codes in the order in which the kernels read them.
 
-Four neighbours in k of 16 output channels make one vector of 64 codes: [o / 16, k / 4, 16, 4],
-filled up with zeros. k runs over the rows of the kernel, their columns and the input channels.
+Four codes of each of 16 output channels make one vector: [o / 16, k / 4, 16, 4], filled up with
+zeros. k runs over the rows of the kernel, their columns and the input channels; in a depthwise
+convolution the four are neighbours in a column of the kernel.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ class PackedDepthwise:
     """Weights of a depthwise convolution, one output channel per input channel.
 
     Attributes:
-        values: the codes, [c / 16, kh kw / 4, 16, 4].
+        values: the codes, [c / 16, shifts, kh / 4, kw, 16, 4]; with shift r the kernel's first row
+            is the r-th of its rows, which are filled up with zeros.
         sums: of every channel's codes.
         shape: (kh, kw, c), static.
     """
 
-    values: Int8[Array, "groups quads 16 4"]
+    values: Int8[Array, "groups shifts quads kw 16 4"]
     sums: Int32[Array, " c"]
     shape: tuple[int, int, int]
 
@@ -101,13 +103,20 @@ def pack_depthwise(codes: Int8[Array, "kh kw 1 c"]) -> PackedDepthwise:
 
     Example:
         >>> pack_depthwise(jnp.ones((3, 3, 1, 20), jnp.int8)).values.shape
-        (2, 3, 16, 4)
+        (2, 2, 1, 3, 16, 4)
     """
     _check(codes, "kh kw 1 c")
     kh, kw, inputs, c = codes.shape
     if inputs != 1:
         raise ValueError(f"depthwise weights must be [kh, kw, 1, c], found shape {codes.shape}")
-    return PackedDepthwise(*_packed(codes.reshape(kh * kw, c)), (kh, kw, c))
+    rows = -kh % QUAD  # besides the kernel's own
+    shifted = [
+        jnp.pad(codes[:, :, 0], ((shift, rows - shift), (0, 0), (0, -c % LANES)))
+        for shift in range(rows + 1)
+    ]
+    values = jnp.stack(shifted).reshape(rows + 1, (kh + rows) // QUAD, QUAD, kw, -1, LANES)
+    sums = jnp.sum(codes, axis=(0, 1, 2), dtype=jnp.int32)
+    return PackedDepthwise(values.transpose(4, 0, 1, 3, 5, 2), sums, (kh, kw, c))
 
 
 def pack_dot(codes: Int8[Array, "k n"]) -> PackedDot:

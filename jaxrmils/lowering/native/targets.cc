@@ -13,7 +13,7 @@ using Codes = ffi::Buffer<ffi::S8>;
 using Ints = ffi::Buffer<ffi::S32>;
 using Floats = ffi::Buffer<ffi::F32>;
 
-Epilogue epilogue(Ints sums, Floats scale, Floats offset, Ints correction,
+Epilogue epilogue(int64_t products, Ints sums, Floats scale, Floats offset, Ints correction,
                   ffi::AnyBuffer residual, Floats residual_scale, Ints residual_zero,
                   Floats out_scale, Ints out_zero, float low, float high, ffi::AnyBuffer out) {
   Epilogue e;
@@ -32,7 +32,7 @@ Epilogue epilogue(Ints sums, Floats scale, Floats offset, Ints correction,
   e.out_scale = *out_scale.typed_data();
   e.out_zero = *out_zero.typed_data();
   e.out = out.untyped_data();
-  e.close();
+  e.close(products);
   return e;
 }
 
@@ -48,7 +48,7 @@ ffi::Error dot_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints sums, F
                       Floats offset, Ints correction, ffi::AnyBuffer residual,
                       Floats residual_scale, Ints residual_zero, Floats out_scale, Ints out_zero,
                       ffi::Result<ffi::AnyBuffer> out, float low, float high) {
-  const Epilogue e = epilogue(sums, scale, offset, correction, residual, residual_scale,
+  const Epilogue e = epilogue(x.dimensions()[1], sums, scale, offset, correction, residual, residual_scale,
                               residual_zero, out_scale, out_zero, low, high, *out);
   const auto packed = weights.dimensions(), in = x.dimensions();
   dot(pool, in[0], in[1], x.typed_data(), {weights.typed_data(), packed[1], packed[0]}, e);
@@ -62,7 +62,7 @@ ffi::Error conv_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints sums, 
                        float high, ffi::Span<const int64_t> kernel,
                        ffi::Span<const int64_t> strides, ffi::Span<const int64_t> low_padding,
                        ffi::Span<const int64_t> dilation) {
-  const Epilogue e = epilogue(sums, scale, offset, correction, residual, residual_scale,
+  const Epilogue e = epilogue(kernel[0] * kernel[1] * x.dimensions()[3], sums, scale, offset, correction, residual, residual_scale,
                               residual_zero, out_scale, out_zero, low, high, *out);
   const auto packed = weights.dimensions();
   convolve(pool, window(x, *out, kernel, strides, low_padding, dilation), x.typed_data(),
@@ -78,11 +78,12 @@ ffi::Error depthwise_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints s
                             ffi::Span<const int64_t> strides,
                             ffi::Span<const int64_t> low_padding,
                             ffi::Span<const int64_t> dilation) {
-  const Epilogue e = epilogue(sums, scale, offset, correction, residual, residual_scale,
+  const Epilogue e = epilogue(kernel[0] * kernel[1], sums, scale, offset, correction, residual, residual_scale,
                               residual_zero, out_scale, out_zero, low, high, *out);
   const auto packed = weights.dimensions();
   depthwise(pool, window(x, *out, kernel, strides, low_padding, dilation), x.typed_data(),
-            int8_t(*x_zero.typed_data()), {weights.typed_data(), packed[1], packed[0]}, e);
+            int8_t(*x_zero.typed_data()),
+            {weights.typed_data(), packed[0], packed[1], packed[2]}, e);
   return ffi::Error::Success();
 }
 
