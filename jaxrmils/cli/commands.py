@@ -18,6 +18,7 @@ from rich.text import Text
 from jaxrmils import artifacts
 from jaxrmils.artifacts.report_files import RUN_KIND
 from jaxrmils.cli import pipeline, saving
+from jaxrmils.cli.batch_sizes import with_batch_size, with_recorded_size
 from jaxrmils.cli.checks import candidates_of
 from jaxrmils.cli.config import ConfigError, apply_overrides, load_config
 from jaxrmils.cli.defaults import base_config
@@ -191,7 +192,9 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     folder = Path(args.run_folder)
     config, task = task_of(folder, args)
     model = artifacts.load_model(folder / "model", task.apply)
-    config = pipeline.with_batch_size(config, model.graph, task)
+    info = artifacts.load_record(folder / "run.json", RUN_KIND)
+    config = with_recorded_size(config, info, args)
+    config = with_batch_size(config, model.graph, task)
     params = None
     if not args.no_float:
         params = task.load_params()
