@@ -259,16 +259,43 @@ def metrics_on(task: Task, split: str) -> Metrics | None:
     return None if metrics is None else lambda outputs: metrics(outputs, indices)
 
 
-def run(config: Any, path: str | Path | None = None, progress: Progress = silent) -> Result:
+@dataclass(frozen=True)
+class Kept:
+    """Where ranges and scores keep their progress, so that a killed run goes on.
+
+    Attributes:
+      folder: of the checkpoints.
+      seconds: the least time between two saves.
+    """
+
+    folder: Path
+    seconds: float = 60.0
+
+    def options(self, part: str) -> dict[str, Any]:
+        """What a pass over data takes."""
+        return {"checkpoint": self.folder / part, "checkpoint_seconds": self.seconds}
+
+
+def run(
+    config: Any,
+    path: str | Path | None = None,
+    progress: Progress = silent,
+    *,
+    kept: Kept | None = None,
+) -> Result:
     """Runs the main job.
 
     Args:
       config: see `jaxrmils.cli.defaults`.
       path: the config file it came from.
       progress: draws bars.
+      kept: where to keep the progress, and to go on from; None for nowhere.
 
     Returns:
-      All stages' results; nothing is written to disk.
+      All stages' results; nothing but the progress is written to disk.
+
+    Raises:
+      CheckpointError: the progress is that of another run.
     """
     task = make_task(config, path, progress)
     if config.batch_size > len(task.dataset):
@@ -299,6 +326,7 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
         symmetric=settings.symmetric,
         percentile=settings.percentile,
         progress=progress,
+        **(kept.options("ranges") if kept else {}),
     )
     if is_exact:
         config = with_exact_batch_size(config, graph, params, task, ranges)
@@ -314,10 +342,11 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
     scores = costs = second_order = None
     if config.loss == "task":
         shift_probe = config.policy.name == "rmils" and config.policy.probe == "shift"
+        resumed = kept.options("scores") if kept else {}
         if config.scores == "moments":
-            scores = score_moments(*arguments, **options)
+            scores = score_moments(*arguments, **options, **resumed)
         else:
-            scores = score(*arguments, shift_probe=shift_probe, **options)
+            scores = score(*arguments, shift_probe=shift_probe, **options, **resumed)
     if config.curvature:
         second_order = curvature(*arguments, seed=config.seed, **options)
     if has_measured_costs(config):
