@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from rich.text import Text
 from jaxrmils import artifacts
 from jaxrmils.artifacts.report_files import RUN_KIND
 from jaxrmils.cli import pipeline, saving
+from jaxrmils.cli.batch_sizes import with_batch_size, with_recorded_size
 from jaxrmils.cli.checks import candidates_of
 from jaxrmils.cli.config import ConfigError, apply_overrides, load_config
 from jaxrmils.cli.defaults import base_config
@@ -36,7 +38,7 @@ from jaxrmils.evaluation.metrics import TOP_1
 from jaxrmils.graph import Graph, TraceError, tabulate
 from jaxrmils.lowering import default_backend
 from jaxrmils.lowering.table import remarks, remarks_on_layers
-from jaxrmils.numerics import CalibrationError, format_size
+from jaxrmils.numerics import CalibrationError, CheckpointError, format_size
 from jaxrmils.policies import FORMATS, PlanError
 from jaxrmils.progress import Progress, bars, silent
 from jaxrmils.sensitivity import CandidateSet, ScoreError
@@ -94,8 +96,16 @@ def quantize(args: argparse.Namespace) -> Outcome:
 
 def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
     console = console_of(args)
-    result = pipeline.run(config, path, _progress(args))
+    kept = _kept(args)
+    if kept is not None and kept.folder.is_dir():
+        console.print(Text(f"Progress   goes on from {kept.folder}"))
+    try:
+        result = pipeline.run(config, path, _progress(args), kept=kept)
+    except CheckpointError as error:
+        raise ConfigError(f"--resume: {error} (or leave out --resume)") from error
     written = saving.save(result, config, path, args.out)
+    if kept is not None:
+        shutil.rmtree(kept.folder, ignore_errors=True)
     console.print(Text(result.task.name, style="bold"))
     print_saved(artifacts.load_run(args.out).report, console, mu_title=_mu_title(result))
     if result.plan.is_float:
@@ -109,6 +119,16 @@ def _run(args: argparse.Namespace, config: Any, path: str | None) -> Outcome:
     console.print(Text(f"Files      {args.out}: {', '.join(written)}"))
     data = {"out": str(args.out), "files": written, **saving.report_dict(result)}
     return Outcome(data, result.report.test.passed and not result.plan.is_float)
+
+
+def _kept(args: argparse.Namespace) -> pipeline.Kept | None:
+    """Where a run's progress is kept, beside its folder, which is there when it is done."""
+    if args.resume is None:
+        return None
+    if not args.resume >= 0:
+        raise ConfigError(f"--resume is {args.resume}; expected seconds between saves, 0 or more")
+    out = Path(args.out)
+    return pipeline.Kept(out.with_name(f"{out.name}.progress"), args.resume)
 
 
 def _refinement_words(record: Mapping[str, Any]) -> str:
@@ -191,7 +211,9 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     folder = Path(args.run_folder)
     config, task = task_of(folder, args)
     model = artifacts.load_model(folder / "model", task.apply)
-    config = pipeline.with_batch_size(config, model.graph, task)
+    info = artifacts.load_record(folder / "run.json", RUN_KIND)
+    config = with_recorded_size(config, info, args)
+    config = with_batch_size(config, model.graph, task)
     params = None
     if not args.no_float:
         params = task.load_params()

@@ -113,6 +113,7 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="runs/demo", help="folder of the run (default: %(default)s)"
     )
+    _add_resume(parser)
     _add_require(parser)
     parser.set_defaults(run=commands.demo)
 
@@ -139,6 +140,7 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
         --config.policy.objective=squared_output --config.policy.refine=True
       jaxrmils quantize --config configs/cifar_resnet20.py --out runs/cifar \\
         --config.data.files=test.zip --config.model.weights=resnet20.safetensors
+      jaxrmils quantize --config configs/cifar_resnet20.py --out runs/cifar --resume
 
     What config.task can be, each with its own config files in configs/:
       mnist_cnn    digits that come with a package, and a CNN trained on the spot
@@ -152,6 +154,7 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a Python file with get_config()")
     parser.add_argument("--out", help="folder of the run; required unless --show-config")
     parser.add_argument("--show-config", action="store_true", help="print the config and stop")
+    _add_resume(parser)
     _add_require(parser)
     parser.set_defaults(run=commands.quantize)
 
@@ -194,6 +197,19 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folders", metavar="RUN", nargs="+", help="two run folders or more")
     parser.add_argument("--out", metavar="FILE.html", help="also write this page")
     parser.set_defaults(run=reporting.compare_runs)
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        type=float,
+        const=60.0,
+        metavar="SECONDS",
+        help="keep the progress of ranges and scores in OUT.progress, at most once in so many "
+        "seconds (default: %(const)s), and go on from it after a kill; removed when the run is "
+        "saved",
+    )
 
 
 def _add_require(parser: argparse.ArgumentParser) -> None:

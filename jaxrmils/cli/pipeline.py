@@ -10,6 +10,12 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from jaxrmils.cli.batch_sizes import (
+    has_measured_costs,
+    one_example,
+    with_batch_size,
+    with_exact_batch_size,
+)
 from jaxrmils.cli.checks import (
     candidates_of,
     check_choice,
@@ -20,7 +26,6 @@ from jaxrmils.cli.checks import (
 )
 from jaxrmils.cli.config import ConfigError, resolve_function
 from jaxrmils.cli.costs import budget_plan, measured
-from jaxrmils.cli.defaults import base_config
 from jaxrmils.data import Batches, DataError, Dataset, Splits, Task, check_disjoint
 from jaxrmils.data.splits import SPLIT_NAMES
 from jaxrmils.evaluation import Metrics, Report, verify
@@ -28,19 +33,16 @@ from jaxrmils.graph import SHORTCUTS, Graph, Shortcuts, tabulate, trace
 from jaxrmils.lowering import QuantizedModel, quantize
 from jaxrmils.numerics import Ranges, calibrate
 from jaxrmils.policies import (
-    MEASURED_COSTS,
     Costs,
     Lossless,
     Plan,
     Tangents,
-    batch_size_for,
     lossless,
     mu_values,
     rmils,
     steps_of,
     uniform,
 )
-from jaxrmils.policies.batch_size import Step
 from jaxrmils.policies.tangents import mean_loss
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import (
@@ -52,7 +54,6 @@ from jaxrmils.sensitivity import (
     score,
     score_moments,
 )
-from jaxrmils.sensitivity.batch_size import fitting_batch_size
 from jaxrmils.sensitivity.losses import LabelFree, float_outputs
 from jaxrmils.statistics import default_margin
 from jaxrmils.zoo import image_task, mnist_cnn_task, squad_task, text_task
@@ -128,50 +129,8 @@ def trace_task(task: Task, shortcuts: str = "float") -> Graph:
       ConfigError: unknown `shortcuts`, see `jaxrmils.trace`.
     """
     check_choice("config field shortcuts", shortcuts, SHORTCUTS)
-    inputs = jax.tree.map(_one_example, task.dataset.inputs)
+    inputs = jax.tree.map(one_example, task.dataset.inputs)
     return trace(task.apply, task.shapes, inputs, shortcuts=cast("Shortcuts", shortcuts))
-
-
-def _one_example(rows: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, *rows.shape[1:]), rows.dtype)
-
-
-def with_batch_size(config: Any, graph: Graph, task: Task) -> Any:
-    """The config, with a batch size that fits into memory where it says 0."""
-    if config.batch_size:
-        return config
-    memory = config.get("memory_bytes", base_config().memory_bytes)  # a run of an earlier version
-    one = _shapes(task)
-    size = fitting_batch_size(graph, task.shapes, task.loss, *one, memory_bytes=memory)
-    return _with_size(config, size)
-
-
-def with_exact_batch_size(
-    config: Any, graph: Graph, params: Any, task: Task, ranges: Ranges
-) -> Any:
-    """The config, with the batch size at which the programs of a run fit, as they are compiled.
-
-    Raises:
-      ScoreError: not even a single example fits.
-    """
-    steps: list[Step] = ["score"] if config.loss == "task" else ["simulate"]
-    if config.policy.name == "lossless" or config.policy.refine or config.verify.attribute:
-        steps.append("attribute")
-    known = (graph, params, task.loss, ranges, *_shapes(task))
-    options = {"points": config.verify.points, "candidates": candidates_of(config, graph)}
-    size = batch_size_for(config.memory_bytes, *known, steps=steps, **options)
-    return _with_size(config, size)
-
-
-def _shapes(task: Task) -> Any:
-    data = task.dataset
-    return jax.tree.map(_one_example, (data.inputs, data.targets))
-
-
-def _with_size(config: Any, size: int) -> Any:
-    config = config.copy_and_resolve_references()
-    config.batch_size = size
-    return config
 
 
 def _check_unseen(config: Any, task: Task) -> None:
@@ -300,16 +259,43 @@ def metrics_on(task: Task, split: str) -> Metrics | None:
     return None if metrics is None else lambda outputs: metrics(outputs, indices)
 
 
-def run(config: Any, path: str | Path | None = None, progress: Progress = silent) -> Result:
+@dataclass(frozen=True)
+class Kept:
+    """Where ranges and scores keep their progress, so that a killed run goes on.
+
+    Attributes:
+      folder: of the checkpoints.
+      seconds: the least time between two saves.
+    """
+
+    folder: Path
+    seconds: float = 60.0
+
+    def options(self, part: str) -> dict[str, Any]:
+        """What a pass over data takes."""
+        return {"checkpoint": self.folder / part, "checkpoint_seconds": self.seconds}
+
+
+def run(
+    config: Any,
+    path: str | Path | None = None,
+    progress: Progress = silent,
+    *,
+    kept: Kept | None = None,
+) -> Result:
     """Runs the main job.
 
     Args:
       config: see `jaxrmils.cli.defaults`.
       path: the config file it came from.
       progress: draws bars.
+      kept: where to keep the progress, and to go on from; None for nowhere.
 
     Returns:
-      All stages' results; nothing is written to disk.
+      All stages' results; nothing but the progress is written to disk.
+
+    Raises:
+      CheckpointError: the progress is that of another run.
     """
     task = make_task(config, path, progress)
     if config.batch_size > len(task.dataset):
@@ -340,6 +326,7 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
         symmetric=settings.symmetric,
         percentile=settings.percentile,
         progress=progress,
+        **(kept.options("ranges") if kept else {}),
     )
     if is_exact:
         config = with_exact_batch_size(config, graph, params, task, ranges)
@@ -355,13 +342,14 @@ def run(config: Any, path: str | Path | None = None, progress: Progress = silent
     scores = costs = second_order = None
     if config.loss == "task":
         shift_probe = config.policy.name == "rmils" and config.policy.probe == "shift"
+        resumed = kept.options("scores") if kept else {}
         if config.scores == "moments":
-            scores = score_moments(*arguments, **options)
+            scores = score_moments(*arguments, **options, **resumed)
         else:
-            scores = score(*arguments, shift_probe=shift_probe, **options)
+            scores = score(*arguments, shift_probe=shift_probe, **options, **resumed)
     if config.curvature:
         second_order = curvature(*arguments, seed=config.seed, **options)
-    if config.policy.name == "budget" and config.policy.objective in MEASURED_COSTS:
+    if has_measured_costs(config):
         costs = measured(config.policy, *arguments, progress)
     plan, search = make_plan(
         config, graph, params, task, ranges, scores, costs, second_order, progress

@@ -13,8 +13,15 @@ from jaxrmils import artifacts
 from jaxrmils.artifacts.folder import read_manifest
 from jaxrmils.artifacts.latency_file import load_latency
 from jaxrmils.artifacts.moments_file import kept_scores, load_kept
-from jaxrmils.artifacts.report_files import RunFolder, load_run
+from jaxrmils.artifacts.record_file import load_record
+from jaxrmils.artifacts.report_files import RUN_KIND, RunFolder, load_run
 from jaxrmils.cli import commands, pipeline, profile_command
+from jaxrmils.cli.batch_sizes import (
+    has_measured_costs,
+    size_for_costs,
+    with_batch_size,
+    with_recorded_size,
+)
 from jaxrmils.cli.checks import budget_settings, check_refinable, refinement_rounds
 from jaxrmils.cli.config import ConfigError, apply_overrides
 from jaxrmils.cli.costs import costs_path, measured, save_run_costs, saved_costs
@@ -150,12 +157,18 @@ def _task(args: argparse.Namespace) -> tuple[Any, Task]:
 
 @dataclass(frozen=True)
 class Network:
-    """The run's model and data, its config with the batch size."""
+    """The run's model and data, its config with the batch size.
+
+    Attributes:
+      config, task, graph, params: the run's.
+      costs_size: examples in a batch of an objective's own pass.
+    """
 
     config: Any
     task: Task
     graph: Graph
     params: Any
+    costs_size: int
 
 
 def network_of(args: argparse.Namespace, run: SavedRun) -> Network:
@@ -173,8 +186,15 @@ def network_of(args: argparse.Namespace, run: SavedRun) -> Network:
             f"{graph.fingerprint[:12]} and {run.scores.table.fingerprint[:12]}), or has another "
             "config.shortcuts; quantize again, or give --no-verify"
         )
-    config = pipeline.with_batch_size(config, graph, task)
-    return Network(config, task, graph, task.load_params())
+    params = task.load_params()
+    sized = with_recorded_size(config, load_record(run.folder.path / "run.json", RUN_KIND), args)
+    sized = with_batch_size(sized, graph, task)
+    size, objective = sized.batch_size, run.policy.objective
+    counted = has_measured_costs(config) and config.policy.objective == objective
+    if objective in MEASURED_COSTS and not config.batch_size and not counted:
+        known = (graph, params, task, run.scores.ranges)
+        size = min(size, size_for_costs(config, run.policy, *known))
+    return Network(sized, task, graph, params, size)
 
 
 def with_costs(args: argparse.Namespace, run: SavedRun, network: Network | None) -> SavedRun:
@@ -195,7 +215,7 @@ def with_costs(args: argparse.Namespace, run: SavedRun, network: Network | None)
         )
     if costs is None:
         assert network is not None
-        task, size = network.task, network.config.batch_size
+        task, size = network.task, network.costs_size
         costs = measured(
             run.policy,
             network.graph,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxrmils.graph import Graph
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.numerics.placement import to_host
+from jaxrmils.policies.cost_programs import Lowering, lowerings
+from jaxrmils.policies.measured_costs import DEFAULT_FORMATS
 from jaxrmils.policies.simulation import Simulator
 from jaxrmils.sensitivity import (
     CandidateSet,
@@ -22,7 +24,9 @@ from jaxrmils.sensitivity import (
 from jaxrmils.sensitivity.batch_size import SIZES, fitting_batch_size
 from jaxrmils.sensitivity.scores import Scoring
 
-Step = Literal["score", "attribute", "simulate"]
+Step = Literal[
+    "score", "attribute", "simulate", "squared_output", "fisher", "hessian_trace", "sqnr"
+]
 STEPS: tuple[Step, ...] = get_args(Step)
 _USUAL = CandidateSet()
 
@@ -39,6 +43,7 @@ def batch_size_for(
     steps: Sequence[Step] = ("score",),
     points: int = 2,
     candidates: CandidateSet = _USUAL,
+    formats: Sequence[str] = DEFAULT_FORMATS,
     sizes: Sequence[int] = SIZES,
 ) -> int:
     """The largest batch whose compiled programs fit into memory.
@@ -57,9 +62,11 @@ def batch_size_for(
       inputs: examples, or their shapes; how many does not matter.
       targets: likewise.
       steps: what will run: "score", "attribute" (also `lossless` and `refined`), "simulate" (their
-        forward passes alone).
+        forward passes alone, and the objective "measured"), or the pass of an objective:
+        "squared_output", "fisher", "hessian_trace", "sqnr".
       points: quadrature points of an attribution.
       candidates: what is scored and simulated, as `candidates_for` makes it of formats.
+      formats: names of those whose costs an objective's pass finds.
       sizes: to choose from.
 
     Returns:
@@ -68,6 +75,7 @@ def batch_size_for(
     Raises:
       ScoreError: an unknown step, no sizes, the smallest does not fit, or the backend does not tell
         the memory of its programs.
+      PlanError: an unknown format.
 
     >>> import jaxrmils as jr
     >>> params, x = {"w": jnp.ones((100, 100))}, jnp.ones((4, 100))
@@ -81,13 +89,17 @@ def batch_size_for(
     unknown = [step for step in steps if step not in STEPS]
     if unknown or not steps or not sizes:
         raise ScoreError(f"steps {steps} and sizes {sizes}; expected some, steps of {STEPS}")
-    programs = _programs(graph, params, loss, ranges, points, candidates)
+    programs = {
+        **_programs(graph, params, loss, ranges, points, candidates),
+        **lowerings(graph, params, loss, ranges, formats),
+    }
     known: dict[int, int] = {}
 
     def needed(size: int) -> int:
         if size not in known:
             batch = jax.tree.map(lambda leaf: _struct(leaf, size), (inputs, targets))
-            known[size] = max(_bytes(programs[step](*batch)) for step in steps)
+            lowered = [each for step in steps for each in programs[step](*batch)]
+            known[size] = max(map(_bytes, lowered))
         return known[size]
 
     ordered = sorted(set(sizes))
@@ -122,7 +134,7 @@ def _programs(
     ranges: Ranges,
     points: int,
     candidates: CandidateSet,
-) -> Mapping[str, Callable[[Any, Any], Any]]:
+) -> Mapping[str, Lowering]:
     """What lowers each step for shapes of inputs and targets."""
     kinds = (candidates.activations, candidates.weights)
     scoring = Scoring(graph, params, loss, ranges, *kinds)
@@ -131,15 +143,15 @@ def _programs(
     grids, off = to_host(ranges), to_host(all_off(graph, ranges))
     model = (params, noise, grids)
 
-    def attribute(x: Any, y: Any) -> Any:
+    def attribute(x: Any, y: Any) -> Sequence[Any]:
         count = jax.tree.leaves(x)[0].shape[0]
         float_loss = jax.ShapeDtypeStruct((count,), jnp.float32)
-        return simulator.secants.lower(*model, off, x, y, float_loss, candidates=candidates)
+        return [simulator.secants.lower(*model, off, x, y, float_loss, candidates=candidates)]
 
     return {
-        "score": lambda x, y: jax.jit(scoring.step).lower(*model, x, y),
+        "score": lambda x, y: [jax.jit(scoring.step).lower(*model, x, y)],
         "attribute": attribute,
-        "simulate": lambda x, y: simulator.losses.lower(*model, off, x, y, candidates=candidates),
+        "simulate": lambda x, y: [simulator.losses.lower(*model, off, x, y, candidates=candidates)],
     }
 
 

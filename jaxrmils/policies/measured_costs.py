@@ -16,35 +16,22 @@ import numpy as np
 from jaxrmils.graph import Format, Graph, LayerRow, tabulate
 from jaxrmils.numerics.calibration import Ranges, check_params
 from jaxrmils.numerics.placement import with_params
+from jaxrmils.policies import cost_programs as programs
 from jaxrmils.policies.constraints import nearest_layer
 from jaxrmils.policies.costs import Costs
 from jaxrmils.policies.formats import FLOAT_BITS, PlanError, parse_format, several
 from jaxrmils.policies.plan import FLOAT_LAYER, LayerPlan, Plan
 from jaxrmils.policies.simulation import Simulator
 from jaxrmils.progress import Progress, silent
-from jaxrmils.sensitivity import Loss, ScoreError, weight_noise
-from jaxrmils.sensitivity.fisher_diagonal import fisher_diagonal
+from jaxrmils.sensitivity import Loss, ScoreError
 from jaxrmils.sensitivity.hessian_trace import hessian_traces, weight_stack
-from jaxrmils.sensitivity.output_noise import (
-    NEAREST,
-    WIDTHS,
-    operand_power,
-    output_power,
-    squared_output,
-)
+from jaxrmils.sensitivity.output_noise import NEAREST, WIDTHS
 from jaxrmils.sensitivity.streaming import even_batches, mean_over_examples
 from jaxrmils.sensitivity.tangent import check_ranges
 
 DEFAULT_FORMATS = ("w8a8", "w8a4", "w4a8", "w4a4")
 
 Batches = Iterable[tuple[Any, Any]]
-
-# Compiled once for a network, a loss and formats: parameters and ranges are data.
-_noise = jax.jit(weight_noise, static_argnames=("graph", "candidates"))
-_squared_output = jax.jit(squared_output, static_argnames=("graph", "loss", "formats"))
-_output_power = jax.jit(output_power, static_argnames=("graph", "formats"))
-_operand_power = jax.jit(operand_power, static_argnames=("graph",))
-_fisher_diagonal = jax.jit(fisher_diagonal, static_argnames=("graph", "loss"))
 
 
 def squared_output_costs(
@@ -98,10 +85,12 @@ def squared_output_costs(
     """
     params = with_params(params, None)
     bits = _checked_bits(graph, params, ranges, formats)
-    noise = _noise(graph, params, NEAREST)
+    noise = programs.noise_of(graph, params, NEAREST)
 
     def step(inputs: Any, targets: Any) -> Any:
-        return _squared_output(graph, params, inputs, targets, loss, ranges, bits, noise=noise)
+        return programs.squared_output(
+            graph, params, inputs, targets, loss, ranges, bits, noise=noise
+        )
 
     data = even_batches(graph, batches, "squared output", progress=progress)
     means = mean_over_examples(data, step, "squared output change")
@@ -146,10 +135,10 @@ def sqnr_costs(
     """
     params = with_params(params, None)
     bits = _checked_bits(graph, params, ranges, formats)
-    noise = _noise(graph, params, NEAREST)
+    noise = programs.noise_of(graph, params, NEAREST)
 
     def step(inputs: Any, targets: Any) -> Any:
-        return _output_power(graph, params, inputs, ranges, bits, noise=noise)
+        return programs.output_power(graph, params, inputs, ranges, bits, noise=noise)
 
     data = even_batches(graph, batches, "noise-to-signal ratios", labels=False, progress=progress)
     powers = mean_over_examples(data, step, "output's power")
@@ -212,10 +201,10 @@ def fisher_costs(
     """
     params = with_params(params, None)
     _checked_bits(graph, params, ranges, formats)
-    noise = _noise(graph, params, NEAREST)
+    noise = programs.noise_of(graph, params, NEAREST)
 
     def step(inputs: Any, targets: Any) -> Any:
-        weights, activations = _fisher_diagonal(
+        weights, activations = programs.fisher_diagonal(
             graph, params, inputs, targets, loss, ranges, noise=noise
         )
         return {f"weight {n}": v for n, v in weights.items()} | {
@@ -300,12 +289,14 @@ def hessian_trace_costs(
         activations=activations,
         progress=progress,
     )
-    noise = jax.device_get(_noise(graph, params, NEAREST))
+    noise = jax.device_get(programs.noise_of(graph, params, NEAREST))
     powers: Mapping[str, Any] = {}
     if activations:
         data = even_batches(graph, batches, "operands' noise", labels=False, progress=progress)
         powers = mean_over_examples(
-            data, lambda inputs, _: _operand_power(graph, params, inputs, ranges), "noise power"
+            data,
+            lambda inputs, _: programs.operand_power(graph, params, inputs, ranges),
+            "noise power",
         )
 
     def weight_cost(name: str, bits: int) -> float:

@@ -24,6 +24,7 @@ def fitting_batch_size(
     targets: Any,
     *,
     memory_bytes: int = 2 * 10**9,
+    weight_gradients: bool = False,
 ) -> int:
     """A batch size whose forward and backward passes fit into memory.
 
@@ -37,6 +38,8 @@ def fitting_batch_size(
       inputs: examples, or their shapes; how many does not matter.
       targets: likewise.
       memory_bytes: what a batch may take, in bytes, parameters not counted.
+      weight_gradients: count the weights' gradient of every example, too, as the empirical Fisher
+        information holds it.
 
     Returns:
       The largest round number of examples that fits, at most 250 and at least 1, even where a
@@ -55,6 +58,8 @@ def fitting_batch_size(
     if memory_bytes <= 0:
         raise ScoreError(f"memory_bytes is {memory_bytes}; a positive number was expected")
     example = SAFETY * example_bytes(graph, params, loss, inputs, targets)
+    if weight_gradients:
+        example += 4 * sum(math.prod(weight.shape) for weight in graph.weights.values())
     return next((size for size in SIZES if size * example <= memory_bytes), 1)
 
 

@@ -178,7 +178,7 @@ def _is_shape(x: Any) -> bool:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "loss", "of_weights"))
-def _probe(
+def probe_forms(
     graph: Graph,
     params: Any,
     inputs: Any,
@@ -188,6 +188,7 @@ def _probe(
     counts: Any,
     of_weights: bool,
 ) -> dict[str, Any]:
+    """`quadratic_forms` of random signs, for all weights or for all operands."""
     signs = random_signs(graph, key, counts.shape[0], of_weights=of_weights)
     forms = quadratic_forms(graph, params, inputs, targets, loss, signs, counts)
     return forms[0] if of_weights else forms[1]
@@ -239,7 +240,7 @@ def hessian_traces(
             for probe in range(probes):
                 key = jax.random.fold_in(jax.random.key(seed), number * probes + probe)
                 key = jax.random.fold_in(key, int(of_weights))
-                found = _probe(graph, params, inputs, targets, loss, key, counts, of_weights)
+                found = probe_forms(graph, params, inputs, targets, loss, key, counts, of_weights)
                 sums = jax.device_get(found)
                 check_values(sums, number, "Hessian's trace")
                 estimates[of_weights].append(

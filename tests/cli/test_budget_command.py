@@ -13,6 +13,7 @@ import tiny_task
 import jaxrmils as jr
 from jaxrmils.artifacts.latency_file import save_latency
 from jaxrmils.artifacts.pareto_file import load_pareto
+from jaxrmils.cli import batch_sizes, pipeline
 from jaxrmils.cli.defaults import base_config
 from jaxrmils.cli.main import BAD_INPUT, OK, USAGE, main
 from jaxrmils.policies import LatencyTable, usage
@@ -113,6 +114,44 @@ def test_more_limits_groups_and_no_labels(folder):
     assert plan.policy["groups"] == [["Dense_0/kernel", "Dense_1/kernel"]]
     assert plan.policy["objective"] == "sqnr" and plan.counts() == {"w8a8": 2}
     assert not (folder / "mixed" / "costs").exists()
+
+
+def test_the_pass_of_an_objective_counts_and_the_size_is_kept(folder, monkeypatch):
+    asked = []
+
+    def said_to_fit(memory_bytes, *known, steps, **options):
+        asked.append((steps, options["formats"]))
+        return 20 if len(asked) == 1 else 10
+
+    monkeypatch.setattr(batch_sizes, "batch_size_for", said_to_fit)
+    options = ["--config.batch_size=0", "--config.batch_size_exact=True"]
+    options += ["--config.policy.objective=fisher", "--config.policy.formats=w8a8,w4a8"]
+    assert quantize(folder, "exact", *options) == OK
+    assert asked == [(["score", "fisher"], ("w8a8", "w4a8"))]
+    out = folder / "exact"
+    assert json.loads((out / "run.json").read_text())["batch_size"] == 20
+
+    def estimate(*known, **options):
+        raise AssertionError("the run says how many fit")
+
+    monkeypatch.setattr(batch_sizes, "fitting_batch_size", estimate)
+    sizes = []
+    own = pipeline.batches
+
+    def batches(data, size):
+        sizes.append(size)
+        return own(data, size)
+
+    monkeypatch.setattr(pipeline, "batches", batches)
+    assert main(["evaluate", str(out), "--quiet"]) == OK
+    assert main(["pareto", str(out), "--sizes", "0.4", "--quiet"]) == OK
+    assert len(asked) == 1 and set(sizes) == {20}
+    # Another objective's pass was not counted.
+    sweep = ["pareto", str(out), "--sizes", "0.4", "--objective", "squared_output", "--quiet"]
+    assert main(sweep) == OK
+    assert asked[1:] == [(["squared_output"], ("w8a8", "w4a8"))] and set(sizes) == {20, 10}
+    with pytest.raises(AssertionError, match="the run says"):
+        main(["evaluate", str(out), "--config.batch_size=0", "--quiet"])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import jaxrmils as jr
 from jaxrmils.policies import batch_size, batch_size_for
 from jaxrmils.sensitivity import ScoreError, contributions
 from jaxrmils.sensitivity.batch_size import SIZES, example_bytes, fitting_batch_size
+from jaxrmils.sensitivity.fisher_diagonal import fisher_diagonal
 from jaxrmils.zoo import cross_entropy
 
 SIDE, WIDTH, DEPTH = 16, 8, 4
@@ -93,6 +94,45 @@ def test_the_compiled_size_fits_and_the_next_does_not(monkeypatch):
         batch_size_for(1000, *known, sizes=(4,))
     with pytest.raises(ScoreError, match="steps of"):
         batch_size_for(limit, *known, steps=("scores",))
+
+
+def test_the_passes_of_objectives_are_counted():
+    """A wide layer and short sequences of examples: the weights' gradients are what is large."""
+    params, x = {"w": np.ones((64, 512), np.float32)}, np.ones((4, 64), np.float32)
+    wide = jr.trace(lambda p, x: jnp.tanh(x @ p["w"]), params, x)
+    squares = lambda outputs, targets: jnp.sum((outputs - targets) ** 2, axis=-1)  # noqa: E731
+    ranges = jr.calibrate(wide, params, [x], estimator="minmax")
+    known = (wide, params, squares, ranges, x, np.ones((4, 512), np.float32))
+    limit, weights = 12e6, 4 * 64 * 512
+    found = {
+        step: batch_size_for(limit, *known, steps=(step,), sizes=(4, 16, 64, 250))
+        for step in ("score", "fisher", "squared_output")
+    }
+    assert found["score"] == found["squared_output"] == 250
+    assert found["fisher"] * weights <= limit and found["fisher"] < 250
+    both = batch_size_for(limit, *known, steps=("score", "fisher"), sizes=(4, 16, 64, 250))
+    assert both == found["fisher"]
+    # What the compiler says is what the pass takes.
+    rows = np.ones((found["fisher"], 64), np.float32), np.ones((found["fisher"], 512), np.float32)
+    step = jax.jit(lambda p, x, y: fisher_diagonal(wide, p, x, y, squares, ranges))
+    temporary = step.lower(params, *rows).compile().memory_analysis().temp_size_in_bytes
+    assert found["fisher"] * weights / 2 < temporary < limit
+    # The estimate goes by the same.
+    one = (wide, params, squares, rows[0], rows[1])
+    without = fitting_batch_size(*one, memory_bytes=int(limit))
+    estimate = fitting_batch_size(*one, memory_bytes=int(limit), weight_gradients=True)
+    assert estimate * weights < limit < without * weights
+
+
+@pytest.mark.parametrize("step", ["hessian_trace", "sqnr"])
+def test_an_objective_takes_what_its_programs_take(step):
+    params, x = {"w": np.ones((64, 64), np.float32)}, np.ones((4, 64), np.float32)
+    small = jr.trace(lambda p, x: jnp.tanh(x @ p["w"]), params, x)
+    squares = lambda outputs, targets: jnp.sum((outputs - targets) ** 2, axis=-1)  # noqa: E731
+    known = (small, params, squares, jr.calibrate(small, params, [x]), x, x)
+    options = {"steps": (step,), "sizes": (4, 250), "formats": ("w8a8", "w4a4")}
+    assert batch_size_for(1e9, *known, **options) == 250
+    assert batch_size_for(1e5, *known, **options) == 4
 
 
 def test_the_size_follows_the_memory(graph):
