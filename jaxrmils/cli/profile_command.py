@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +21,7 @@ from jaxrmils.cli.costs import wanted_formats
 from jaxrmils.graph import Graph, ModelTable, tabulate
 from jaxrmils.lowering.profile import (
     THIS_PLAN,
+    Kernels,
     Prediction,
     Profile,
     formats_to_measure,
@@ -62,6 +63,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="plans to measure beside the run's own, such as `jaxrmils pareto` wrote",
     )
     parser.add_argument(
+        "--kernels",
+        choices=get_args(Kernels),
+        default="xla",
+        help="of integer layers: XLA's, or our own for CPU, which are compiled with the system's "
+        "C++ compiler when they are first used (default: %(default)s)",
+    )
+    parser.add_argument(
         "--rounds", type=int, default=15, help="timed calls of each (default: %(default)s)"
     )
     parser.add_argument("--out", help=f"the file to write (default: RUN/{FILE})")
@@ -92,6 +100,7 @@ def run(args: argparse.Namespace) -> Outcome:
         formats=formats,
         plan=model.plan,
         plans=plans,
+        kernels=args.kernels,
         rounds=args.rounds,
         progress=progress,
     )
@@ -160,7 +169,7 @@ def _machine(found: Profile) -> str:
     words = found.environment
     return (
         f"batches of {found.batch_size} on {words['device']} ({words['backend']}, jax "
-        f"{words['jax']}), int8 peak {found.peak / 1e9:,.0f} GOP/s"
+        f"{words['jax']}, {words['kernels']} kernels), int8 peak {found.peak / 1e9:,.0f} GOP/s"
     )
 
 

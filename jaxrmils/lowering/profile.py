@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jaxrmils.graph import Format, Graph, ModelTable, tabulate
 from jaxrmils.lowering.hlo import scoped_site
 from jaxrmils.lowering.hlo_text import Instruction, Text, parse
 from jaxrmils.lowering.integer_dot import dot_int32
+from jaxrmils.lowering.native_model import native
 from jaxrmils.lowering.quantized_model import default_backend, quantize
 from jaxrmils.lowering.sites import LoweringError
 from jaxrmils.numerics import Ranges
@@ -44,6 +45,8 @@ from jaxrmils.policies import (
 from jaxrmils.policies.formats import fit
 from jaxrmils.progress import Progress, silent
 
+Kernels = Literal["xla", "native"]
+"""XLA's operations (`QuantizedModel`), or kernels of our own (`native`)."""
 THIS_PLAN = "this plan"
 _PRODUCTS = ("dot", "convolution", "custom-call")
 _CONTAINERS = ("while", "conditional", "call")
@@ -123,7 +126,8 @@ class Profile:
         return LatencyTable(
             seconds,
             self.environment["backend"],
-            f"measured with batches of {self.batch_size} on {self.environment['device']}",
+            f"measured with batches of {self.batch_size} on {self.environment['device']}"
+            + ", native kernels" * (self.environment.get("kernels") == "native"),
             overhead=statistics.median(rests),
         )
 
@@ -193,6 +197,7 @@ def profile(
     formats: Sequence[str] = ("w8a8", "w4a8"),
     plan: Plan | None = None,
     plans: Mapping[str, Plan] | None = None,
+    kernels: Kernels = "xla",
     rounds: int = 15,
     progress: Progress = silent,
 ) -> Profile:
@@ -206,6 +211,7 @@ def profile(
       formats: what to measure besides float.
       plan: a plan to measure too, as `THIS_PLAN`.
       plans: further plans, by names of your own.
+      kernels: "native" for the kernels of `native`, on CPU.
       rounds: timed calls of every program.
       progress: see `jaxrmils.progress`.
 
@@ -213,7 +219,8 @@ def profile(
       The times.
 
     Raises:
-      LoweringError: the profiler saw no instruction of a program, or rounds is below 1.
+      LoweringError: the profiler saw no instruction of a program, rounds is below 1, or native
+        kernels can't be used here.
       PlanError: an unknown format, a plan for another model, or one with the name of a format.
 
     >>> import jax, jax.numpy as jnp
@@ -226,6 +233,8 @@ def profile(
     """
     if rounds < 1:
         raise LoweringError(f"rounds is {rounds}; expected at least 1")
+    if kernels not in get_args(Kernels):
+        raise LoweringError(f"kernels {kernels!r}; expected one of {', '.join(get_args(Kernels))}")
     for name in formats:
         parse_format(name)
     table = tabulate(graph)
@@ -242,7 +251,9 @@ def profile(
     texts: dict[str, str] = {}
     inputs = jax.tree.map(jnp.asarray, inputs)
     for name in progress(list(every), "compiling", len(every)):
-        model = quantize(graph, params, every[name], ranges)
+        model: Any = quantize(graph, params, every[name], ranges)
+        if kernels == "native":
+            model = native(model)
         compiled = jax.jit(model.apply).lower(model.params, inputs).compile()
         texts[name] = compiled.as_text() or ""
         calls[name] = _call(compiled, model.params, inputs)
@@ -253,7 +264,8 @@ def profile(
         layers = {layer: seconds[name] * shares.get(layer, 0.0) for layer in graph.layers}
         programs[name] = ProgramTimes(seconds[name], layers, seconds[name] * rest)
     batch = jax.tree.leaves(inputs)[0].shape[0]
-    return Profile(programs, every, batch, environment(), _peak(), tuple(compared))
+    where = environment() | {"kernels": kernels}
+    return Profile(programs, every, batch, where, _peak(), tuple(compared))
 
 
 def environment() -> dict[str, str]:

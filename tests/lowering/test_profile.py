@@ -6,6 +6,7 @@ from stages import calibrated, traced
 import jaxrmils as jr
 from jaxrmils.lowering import LoweringError
 from jaxrmils.lowering.hlo_text import parse
+from jaxrmils.lowering.native import kernels
 from jaxrmils.lowering.profile import THIS_PLAN, Profile, ProgramTimes, _owners, profile
 from jaxrmils.policies import LayerPlan, Plan, PlanError
 
@@ -32,11 +33,23 @@ def test_times_add_up(name):
         found.predicted(jr.uniform(jr.tabulate(graph), "w4a8"))
 
 
+@pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+def test_native_kernels_are_timed_by_layer():
+    graph, params, inputs = traced("cnn")
+    options = {"formats": ("w8a8",), "rounds": 3, "kernels": "native"}
+    found = profile(graph, params, calibrated("cnn"), inputs, **options)
+    times = found.programs["w8a8"]
+    assert sum(seconds > 0 for seconds in times.layers.values()) > len(graph.layers) / 2
+    assert found.latency_table().source.endswith(", native kernels")
+
+
 def test_refusals():
     graph, params, inputs = traced("plain")
     arguments = (graph, params, calibrated("plain"), inputs)
     with pytest.raises(LoweringError, match="rounds is 0"):
         profile(*arguments, rounds=0)
+    with pytest.raises(LoweringError, match="kernels 'cuda'; expected one of xla, native"):
+        profile(*arguments, kernels="cuda")
     with pytest.raises(PlanError, match="unknown format 'w3'"):
         profile(*arguments, formats=("w3",))
     plan = jr.uniform(jr.tabulate(traced("cnn")[0]))
