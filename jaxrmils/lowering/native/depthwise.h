@@ -91,6 +91,7 @@ struct DepthwiseBlock {
   using V = Channels<kWidth>;
   using Int = typename V::Int;
   using Float = typename V::Float;
+  static constexpr int kFloats = kWidth / 4;  // in a vector
 
   const Part& part;
   int64_t channel;  // the block's first
@@ -172,68 +173,95 @@ struct DepthwiseBlock {
     }
   }
 
-  // `kTaps` vectors of weights times the quads of every output; 0 for any number.
+  // `kTaps` vectors of weights times the quads of every output, results finished here or kept as
+  // sums. Any number of taps where kTaps is 0: weights are then read for two outputs at a time.
   template <int kTaps, bool kHere>
   void multiply(const Int* w, int64_t pixel, int64_t first, int64_t outputs) const {
-    const Window& g = part.g;
-    const Epilogue& e = part.e;
     const int64_t steps = part.w.quads * 4;
-    const int64_t across = g.dilation_w * steps, next = g.stride_w * steps;
-    const Int low = V::bytes(e.low_code), high = V::bytes(e.high_code);
-    const Float out_scale = V::floats(e.out_scale);
-    const Int out_zero = V::shorts(e.out_zero);
-    constexpr int kFloats = kWidth / 4;
-    Int kept[kTaps > 0 ? 4 * kTaps : 1];
-    if constexpr (kTaps > 0) {
-      for (int t = 0; t < 4 * kTaps; ++t) kept[t] = w[t];
-    }
-    int8_t* out = static_cast<int8_t*>(e.out) + (pixel + first) * e.channels + channel;
+    const int64_t across = part.g.dilation_w * steps, next = part.g.stride_w * steps;
+    const Codes codes(part.e);
+    int8_t* out =
+        static_cast<int8_t*>(part.e.out) + (pixel + first) * part.e.channels + channel;
+    const auto finish_one = [&](const Int(&acc)[4], int64_t i) {
+      if constexpr (kHere) {
+        write(codes, acc, out + i * part.e.channels);
+      } else {
+        keep(acc, sums + (first + i) * kWidth);
+      }
+    };
     const Int* x = quads;
-    for (int64_t i = 0; i < outputs; ++i, x += next, out += e.channels) {
-      Int acc[4];
-      for (int j = 0; j < 4; ++j) acc[j] = V::load(correction + j * kFloats);
-      if constexpr (kTaps > 0) {
+    int64_t i = 0;
+    if constexpr (kTaps > 0) {
+      Int kept[4 * kTaps];
+      for (int t = 0; t < 4 * kTaps; ++t) kept[t] = w[t];
+      for (; i < outputs; ++i, x += next) {
+        Int acc[4];
+        for (int j = 0; j < 4; ++j) acc[j] = V::load(correction + j * kFloats);
         for (int t = 0; t < kTaps; ++t) {
           for (int j = 0; j < 4; ++j) {
             acc[j] = V::sum(acc[j], x[t * across + j], kept[4 * t + j]);
           }
         }
-      } else {
+        finish_one(acc, i);
+      }
+    } else {
+      // The second of a last pair without one is the first again.
+      for (; i < outputs; i += 2, x += 2 * next) {
+        const Int* pair = i + 1 < outputs ? x + next : x;
+        Int one[4], two[4];
+        for (int j = 0; j < 4; ++j) one[j] = two[j] = V::load(correction + j * kFloats);
         const Int* tap = w;
-        for (int64_t q = 0; q < part.w.quads; ++q) {
-          for (int64_t t = 0; t < g.kernel_width; ++t, tap += 4) {
+        for (int64_t q = 0; q < steps; q += 4) {
+          for (int64_t t = 0, at = q; t < part.g.kernel_width; ++t, at += across, tap += 4) {
             for (int j = 0; j < 4; ++j) {
-              acc[j] = V::sum(acc[j], x[t * across + 4 * q + j], tap[j]);
+              Int held = tap[j];
+              asm("" : "+v"(held));  // else it is read twice
+              one[j] = V::sum(one[j], x[at + j], held);
+              two[j] = V::sum(two[j], pair[at + j], held);
             }
           }
         }
+        finish_one(one, i);
+        if (i + 1 < outputs) finish_one(two, i + 1);
       }
-      if constexpr (!kHere) {
-        alignas(64) int32_t apart[kWidth];
-        for (int j = 0; j < 4; ++j) V::store(apart + j * kFloats, acc[j]);
-        int32_t* to = sums + (first + i) * kWidth;
-        for (int l = 0; l < kWidth / 16; ++l) {
-          for (int j = 0; j < 4; ++j) {
-            std::memcpy(to + 16 * l + 4 * j, apart + j * kFloats + 4 * l, 16);
-          }
-        }
-      } else {
-        Float y[4];
-        for (int j = 0; j < 4; ++j) {
-          y[j] = V::mul(V::to_float(acc[j]), V::load_floats(scale + j * kFloats));
-          y[j] = V::add(y[j], V::load_floats(offset + j * kFloats));
-          y[j] = V::div(y[j], out_scale);
-        }
-        const Int first8 = V::pack32(V::to_int(y[0]), V::to_int(y[1]));
-        const Int last8 = V::pack32(V::to_int(y[2]), V::to_int(y[3]));
-        Int codes = V::pack16(V::add16(first8, out_zero), V::add16(last8, out_zero));
-        codes = V::min8(V::max8(codes, low), high);
-        if (count == kWidth) {
-          V::store(out, codes);
-        } else {
-          V::store_some(out, some, codes);
-        }
-      }
+    }
+  }
+
+  struct Codes {
+    Int low, high, out_zero;
+    Float out_scale;
+    explicit Codes(const Epilogue& e)
+        : low(V::bytes(e.low_code)),
+          high(V::bytes(e.high_code)),
+          out_zero(V::shorts(e.out_zero)),
+          out_scale(V::floats(e.out_scale)) {}
+  };
+
+  // Sums to codes; see `finish_vector`.
+  void write(const Codes& k, const Int (&acc)[4], int8_t* out) const {
+    Float y[4];
+    for (int j = 0; j < 4; ++j) {
+      y[j] = V::mul(V::to_float(acc[j]), V::load_floats(scale + j * kFloats));
+      y[j] = V::add(y[j], V::load_floats(offset + j * kFloats));
+      y[j] = V::div(y[j], k.out_scale);
+    }
+    const Int first8 = V::pack32(V::to_int(y[0]), V::to_int(y[1]));
+    const Int last8 = V::pack32(V::to_int(y[2]), V::to_int(y[3]));
+    Int codes = V::pack16(V::add16(first8, k.out_zero), V::add16(last8, k.out_zero));
+    codes = V::min8(V::max8(codes, k.low), k.high);
+    if (count == kWidth) {
+      V::store(out, codes);
+    } else {
+      V::store_some(out, some, codes);
+    }
+  }
+
+  // Sums with their channels in order.
+  void keep(const Int (&acc)[4], int32_t* to) const {
+    alignas(64) int32_t apart[kWidth];
+    for (int j = 0; j < 4; ++j) V::store(apart + j * kFloats, acc[j]);
+    for (int l = 0; l < kWidth / 16; ++l) {
+      for (int j = 0; j < 4; ++j) std::memcpy(to + 16 * l + 4 * j, apart + j * kFloats + 4 * l, 16);
     }
   }
 

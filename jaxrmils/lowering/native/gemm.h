@@ -216,7 +216,7 @@ void product(Pool& pool, const Weights& w, const Epilogue& e, int64_t rows, Copy
   groups = ceil_div(w.panels, width);
   parallel_for(pool, threads, chunks * groups, [&](int64_t task) {
     thread_local Scratch scratch;
-    uint8_t* copied = scratch.at_least(size_t(chunk * stride));
+    uint8_t* copied = scratch.at_least(size_t(chunk * stride + kSlack));
     const int64_t row = task % chunks * chunk, count = std::min(chunk, rows - row);
     const int64_t first = task / chunks * width, last = std::min(first + width, w.panels);
     copy(row, count, copied, stride);

@@ -45,6 +45,36 @@ inline void copy_flipped(uint8_t* to, const int8_t* from, int64_t n) {
 #endif
 }
 
+constexpr int64_t kSlack = 64;  // bytes that `copy_window` may write too many
+
+// Copies `runs` runs of n codes, `pitch` apart, one behind the other with their sign bits flipped.
+inline void copy_window(uint8_t* to, const int8_t* from, int64_t runs, int64_t pitch, int64_t n) {
+#ifdef JAXRMILS_VNNI
+  if (n <= 0) return;
+  if (n <= 32) {
+    const __m256i sign = _mm256_set1_epi8(char(0x80));
+    const __mmask32 some = uint32_t(~uint64_t{0} >> (64 - n));
+    for (int64_t i = 0; i < runs; ++i, to += n, from += pitch) {
+      const __m256i codes = _mm256_maskz_loadu_epi8(some, from);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_xor_si256(codes, sign));
+    }
+    return;
+  }
+  const __m512i sign = _mm512_set1_epi8(char(0x80));
+  const int64_t whole = (n - 1) / 64 * 64;
+  const __mmask64 some = ~uint64_t{0} >> (64 - (n - whole));
+  for (int64_t i = 0; i < runs; ++i, to += n, from += pitch) {
+    for (int64_t j = 0; j < whole; j += 64) {
+      _mm512_storeu_si512(to + j, _mm512_xor_si512(_mm512_loadu_si512(from + j), sign));
+    }
+    const __m512i codes = _mm512_maskz_loadu_epi8(some, from + whole);
+    _mm512_storeu_si512(to + whole, _mm512_xor_si512(codes, sign));
+  }
+#else
+  for (int64_t i = 0; i < runs; ++i, to += n, from += pitch) copy_flipped(to, from, n);
+#endif
+}
+
 // Memory of one thread that outlives calls, so that its pages are faulted in once.
 class Scratch {
  public:
