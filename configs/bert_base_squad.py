@@ -10,6 +10,9 @@ with the tensor names of Hugging Face's `BertForQuestionAnswering` and its token
 it on 400 paragraphs. SQuAD's training data may set the ranges, so that no development question is
 spent on them: `--config.data.calibration=train-v1.1.json
 --config.data.calibration_trained_on=True`.
+
+TFDS's `squad` in the ArrayRecord format does as well, read without TensorFlow:
+`--config.data.name=squad --config.data.data_dir=FOLDER` in place of the file.
 """
 
 from jaxrmils.cli.defaults import base_config

@@ -12,6 +12,10 @@ cores:
 python experiments/finetune_bert.py classify --encoder model.safetensors \\
   --tokenizer tokenizer.json --train train.csv --test test.csv --out banking77.safetensors \\
   --results runs/banking77_float
+
+Texts that TFDS has prepared do as well, read without TensorFlow: `--config.data.name=NAME
+--config.data.split=test --config.data.data_dir=FOLDER` in place of the file, and, unless its
+features are called text and label, `--config.data.text_feature` and `--config.data.label_feature`.
 """
 
 from jaxrmils.cli.defaults import base_config

@@ -32,6 +32,8 @@ def base_config() -> Any:
     config.data.name = ""  # TFDS's name, such as "imagenet2012"
     config.data.split = "validation"
     config.data.data_dir = ""
+    config.data.text_feature = "text"  # texts: the names that TFDS's data set has for them
+    config.data.label_feature = "label"
     config.data.files = ""  # images: folder or zip; squad: JSON; texts, mnist_cnn: CSV
     config.data.labels = ""  # images: CSV with the columns file and label, else folders are classes
     config.data.where = ()  # rows of that table, as in split=heldout; () for all

@@ -146,8 +146,8 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
       mnist_cnn    digits that come with a package, and a CNN trained on the spot
       images       a reference network with published weights, and images of a folder, a zip
                    archive or TFDS
-      squad        BERT that answers SQuAD's questions
-      texts        BERT that classifies texts of a CSV file
+      squad        BERT that answers SQuAD's questions, of a JSON file or TFDS
+      texts        BERT that classifies texts of a CSV file or TFDS
       FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION
                    your own, a function of the config that returns a jaxrmils.data.Task
     """

@@ -19,6 +19,7 @@ from jaxrmils.data.splits import make_splits as make_splits
 from jaxrmils.data.squad import Question as Question
 from jaxrmils.data.squad import Squad as Squad
 from jaxrmils.data.squad import load_squad as load_squad
+from jaxrmils.data.squad import load_squad_tfds as load_squad_tfds
 from jaxrmils.data.squad_answers import SquadMetrics as SquadMetrics
 from jaxrmils.data.squad_answers import squad_metrics as squad_metrics
 from jaxrmils.data.squad_answers import squad_predictions as squad_predictions
@@ -27,3 +28,5 @@ from jaxrmils.data.text import encode_texts as encode_texts
 from jaxrmils.data.text import load_text_csv as load_text_csv
 from jaxrmils.data.text import load_tokenizer as load_tokenizer
 from jaxrmils.data.tfds_source import load_tfds as load_tfds
+from jaxrmils.data.tfds_source import read_tfds as read_tfds
+from jaxrmils.data.tfds_source import tfds_class_names as tfds_class_names

@@ -1,4 +1,4 @@
-"""SQuAD's question answering data: files in its JSON form as windows of tokens.
+"""SQuAD's question answering data, files in its JSON form or TFDS's, as windows of tokens.
 
 Rajpurkar et al., https://arxiv.org/abs/1606.05250; XQuAD and other v1.1 data have the same form.
 `squad_answers.py` turns a model's logits into answers and scores.
@@ -7,6 +7,7 @@ Rajpurkar et al., https://arxiv.org/abs/1606.05250; XQuAD and other v1.1 data ha
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from jaxrmils.data.dataset import DataError, Dataset
 from jaxrmils.data.text import Tokenizer, prepared, token_arrays
+from jaxrmils.data.tfds_source import read_tfds
 
 NOT_CONTEXT = -1
 
@@ -92,12 +94,73 @@ def load_squad(
             not stand where the file says, or a question leaves no room for its paragraph.
     """
     path = Path(path)
+    options = {"max_length": max_length, "doc_stride": doc_stride, "windows": windows}
     questions = read_questions(path)[:limit]
     if not questions:
         raise DataError(f"{path}: no question to read (limit={limit}); expected at least one")
+    return _windows(questions, tokenizer, str(path), name or path.stem, **options)
+
+
+def load_squad_tfds(
+    name: str,
+    split: str,
+    tokenizer: Tokenizer,
+    *,
+    data_dir: str | Path,
+    max_length: int = 384,
+    doc_stride: int = 128,
+    windows: bool = True,
+    limit: int | None = None,
+) -> Squad:
+    """Questions of a data set with the features of TFDS's `squad`, read without TensorFlow.
+
+    The features are `id`, `context`, `question` and `answers`, a sequence of `text` and
+    `answer_start`. Questions with the same context belong to one paragraph.
+
+    Args:
+        name, split, data_dir: as for `load_tfds`.
+        tokenizer, max_length, doc_stride, windows, limit: as for `load_squad`.
+
+    Returns:
+        The windows, in the order of TFDS's examples.
+
+    Raises:
+        DataError: as for `load_tfds` and `load_squad`.
+    """
+    source = f"{name}/{split}"
+    answers = ("answers/text", "answers/answer_start")
+    features = ("id", "context", "question", *answers)
+    columns = read_tfds(name, split, data_dir=data_dir, features=features)
+    paragraphs = {context: n for n, context in enumerate(dict.fromkeys(columns["context"]))}
+    questions = [
+        Question(key, text, paragraphs[context], context, _answers(texts, starts))
+        for key, context, text, texts, starts in zip(*columns.values(), strict=True)
+    ][:limit]
+    if not questions:
+        raise DataError(f"{source}: no question to read (limit={limit}); expected at least one")
+    _check_questions(source, questions)
+    options = {"max_length": max_length, "doc_stride": doc_stride, "windows": windows}
+    return _windows(questions, tokenizer, source, source, **options)
+
+
+def _answers(texts: Sequence[str], starts: Sequence[int]) -> tuple[tuple[str, int], ...]:
+    return tuple((text, int(start)) for text, start in zip(texts, starts, strict=True))
+
+
+def _windows(
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    source: str,
+    name: str,
+    *,
+    max_length: int,
+    doc_stride: int,
+    windows: bool,
+) -> Squad:
+    """The windows of checked questions; `source` is what messages call them."""
     tokenizer = prepared(tokenizer, max_length, pairs=True)
     stride = doc_stride if windows else 0
-    _check_room(path, tokenizer, questions, max_length, stride)
+    _check_room(source, tokenizer, questions, max_length, stride)
     tokenizer.enable_truncation(max_length, stride=stride, strategy="only_second")
     pairs = [(question.text, question.context) for question in questions]
     encodings, question_of = [], []
@@ -116,7 +179,7 @@ def load_squad(
     )
     groups = np.array([questions[number].paragraph for number in question_of], np.int64)
     targets = {"start": spans[:, 0], "end": spans[:, 1]}
-    dataset = Dataset(token_arrays(encodings), targets, groups, name or path.stem)
+    dataset = Dataset(token_arrays(encodings), targets, groups, name)
     return Squad(dataset, tuple(questions), question_of, offsets)
 
 
@@ -153,7 +216,7 @@ def read_questions(path: str | Path) -> list[Question]:
     return questions
 
 
-def _check_questions(path: Path, questions: list[Question]) -> None:
+def _check_questions(path: Path | str, questions: Sequence[Question]) -> None:
     if len({question.id for question in questions}) != len(questions):
         raise DataError(f"{path}: two questions have the same id; expected each id once")
     for question in questions:
@@ -172,7 +235,7 @@ def _check_questions(path: Path, questions: list[Question]) -> None:
 
 
 def _check_room(
-    path: Path, tokenizer: Tokenizer, questions: list[Question], max_length: int, doc_stride: int
+    path: str, tokenizer: Tokenizer, questions: Sequence[Question], max_length: int, doc_stride: int
 ) -> None:
     texts = [question.text for question in questions]
     bare = tokenizer.encode_batch(texts, add_special_tokens=False)

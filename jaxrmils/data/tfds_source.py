@@ -9,7 +9,7 @@ arrays and `AdhocBuilder` need TensorFlow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,7 @@ def load_tfds(
     encode, lazy = dict(encode or {}), dict(lazy or {})
     source = _open_source(name, split, Path(data_dir), lazy)
     wanted = [*_features(inputs), *_features(targets), *([groups] if groups else [])]
-    if not len(source):
-        raise DataError(f"{name}: split {split!r} is empty")
-    found = sorted(_flat(source[0]))
-    unknown = sorted({*wanted, *encode, *lazy} - set(found))
-    if unknown:
-        raise DataError(f"{name} has no feature {unknown[0]!r}; its features are {found}")
+    _check_features(name, split, source, {*wanted, *encode, *lazy})
     both = sorted({*encode, *([groups] if groups else [])} & set(lazy))
     if both:
         raise DataError(f"{name}: feature {both[0]!r} is lazy; encode and groups need it at once")
@@ -92,6 +87,62 @@ def load_tfds(
     )
 
 
+def read_tfds(
+    name: str, split: str, *, data_dir: str | Path, features: Sequence[str]
+) -> dict[str, list[Any]]:
+    """Features of every example of a data set that TFDS has prepared on disk, as they are.
+
+    Args:
+        name, split, data_dir: as for `load_tfds`.
+        features: their names, `"outer/inner"` for features in features.
+
+    Returns:
+        By feature a list of values in TFDS's order: texts as `str`, sequences as lists.
+
+    Raises:
+        DataError: as for `load_tfds`.
+    """
+    source = _open_source(name, split, Path(data_dir))
+    _check_features(name, split, source, set(features))
+    flats = [_flat(example) for example in source]
+    return {feature: [_text(flat[feature]) for flat in flats] for feature in features}
+
+
+def tfds_class_names(name: str, *, data_dir: str | Path, feature: str) -> list[str] | None:
+    """The classes' names of a `ClassLabel` feature, in the order of their indices.
+
+    Args:
+        name, data_dir: as for `load_tfds`.
+        feature: its name; not one in another feature.
+
+    Returns:
+        The names; None where TFDS numbers the classes, and for other features.
+
+    Raises:
+        DataError: as for `load_tfds`.
+    """
+    found = getattr(_builder(name, Path(data_dir)).info.features[feature], "names", None)
+    if found is None or found == [str(number) for number in range(len(found))]:
+        return None
+    return list(found)
+
+
+def _check_features(name: str, split: str, source: Any, wanted: set[str]) -> None:
+    if not len(source):
+        raise DataError(f"{name}: split {split!r} is empty")
+    found = sorted(_flat(source[0]))
+    unknown = sorted(wanted - set(found))
+    if unknown:
+        raise DataError(f"{name} has no feature {unknown[0]!r}; its features are {found}")
+
+
+def _text(value: Any) -> Any:
+    """Bytes as text, also in a sequence."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    return [_text(each) for each in value] if isinstance(value, list) else value
+
+
 class _Undecoded:
     """TFDS's decoder of a feature that nobody looks at."""
 
@@ -108,6 +159,17 @@ def _open_source(name: str, split: str, data_dir: Path, skip: Iterable[str] = ()
 
     Features in `skip` are not decoded.
     """
+    builder = _builder(name, data_dir)
+    try:
+        return builder.as_data_source(split=split, decoders=_nested(skip) or None)
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"{name} has no split {split!r}; its splits are {sorted(builder.info.splits)}"
+        ) from error
+
+
+def _builder(name: str, data_dir: Path) -> Any:
+    """TFDS's builder of what was prepared, which is read without TensorFlow."""
     tfds = _import_tfds()
     prepare = (
         "prepare it where TensorFlow or the data are at hand: tfds.builder(name, data_dir=..., "
@@ -127,12 +189,7 @@ def _open_source(name: str, split: str, data_dir: Path, skip: Iterable[str] = ()
             f"{name} in {data_dir} is stored as {getattr(file_format, 'value', None)}; expected "
             f"array_record, which can be read without TensorFlow: {prepare}"
         )
-    try:
-        return builder.as_data_source(split=split, decoders=_nested(skip) or None)
-    except (KeyError, ValueError) as error:
-        raise DataError(
-            f"{name} has no split {split!r}; its splits are {sorted(builder.info.splits)}"
-        ) from error
+    return builder
 
 
 def _nested(features: Iterable[str]) -> dict[str, Any]:
@@ -176,7 +233,7 @@ def _lazy_column(name: str, feature: str, source: Any, make: Callable[[Any], Any
 def _column(
     name: str, feature: str, values: list[Any], encode: Mapping[str, Callable[[list[Any]], Any]]
 ) -> Any:
-    values = [value.decode("utf-8") if isinstance(value, bytes) else value for value in values]
+    values = [_text(value) for value in values]
     if feature in encode:
         encoded = encode[feature](values)
         return jax.tree.map(lambda leaf: _as_int32(leaf, name, feature), encoded)

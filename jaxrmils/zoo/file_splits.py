@@ -13,7 +13,7 @@ from jaxrmils.data.splits import deal
 
 
 def check_file_options(config: Any, task: str, kind: str, needed: Sequence[str]) -> None:
-    """Finds missing options of a task that reads files.
+    """Finds missing options of a task that reads files, or a data set of TFDS.
 
     Args:
         config: with `model` and `data`.
@@ -24,20 +24,33 @@ def check_file_options(config: Any, task: str, kind: str, needed: Sequence[str])
     Raises:
         DataError: a field is empty, or one is set that the task does not read.
     """
-    if not config.data.files:
-        raise DataError(f"config.data.files is empty; the task {task!r} needs {kind}")
+    data = config.data
+    tfds = "config.data.name, of a data set that TFDS has prepared in config.data.data_dir"
+    if not data.files and not data.name:
+        raise DataError(
+            f"config.data.files is empty; the task {task!r} needs {kind}, or in its place {tfds}"
+        )
+    if data.files and data.name:
+        raise DataError(
+            f"config.data.files is {data.files!r} and config.data.name is {data.name!r}; the task "
+            f"{task!r} reads one of them: {kind}, or {tfds}"
+        )
+    if data.name and not data.data_dir:
+        raise DataError(
+            f"config.data.data_dir is empty; where has TFDS prepared {data.name}? "
+            "--config.data.data_dir=FOLDER"
+        )
     for field in needed:
         if not config.model[field]:
             raise DataError(f"config.model.{field} is empty; the task {task!r} needs its path")
-    for field in ("name", "labels", "where", "calibration_labels", "calibration_where"):
-        if config.data[field]:
+    for field in ("labels", "where", "calibration_labels", "calibration_where"):
+        if data[field]:
             raise DataError(
-                f"config.data.{field} is {config.data[field]!r}, which the task {task!r} does not "
+                f"config.data.{field} is {data[field]!r}, which the task {task!r} does not "
                 f"read; it takes {kind} in config.data.files and config.data.calibration"
             )
-    same = config.data.calibration and (
-        Path(config.data.calibration).resolve() == Path(config.data.files).resolve()
-    )
+    both = data.calibration and data.files
+    same = both and Path(data.calibration).resolve() == Path(data.files).resolve()
     if same:
         raise DataError(
             "config.data.calibration is config.data.files: what chooses a plan must not judge it; "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from jaxrmils.data import (
     Task,
     join,
     load_squad,
+    load_squad_tfds,
     load_tokenizer,
     squad_metrics,
     squad_predictions,
@@ -31,7 +31,7 @@ from jaxrmils.zoo.importing import Variables, load_state_dict
 def squad_task(
     config: Any, progress: Progress = silent, *, architecture: BertConfig | None = None
 ) -> Task:
-    """Questions of a file in SQuAD v1.1's JSON form and a `BertForSpans`.
+    """Questions in SQuAD v1.1's form, of a JSON file or of TFDS, and a `BertForSpans`.
 
     An example is a question with its paragraph cut at `config.model.max_length` tokens, so that
     loss, exact match and F1 belong to the same thing. Paragraphs are the groups: `config.splits`
@@ -44,8 +44,9 @@ def squad_task(
 
     Args:
         config: with `seed`, `splits`, `model` (`name`, `weights`, `tokenizer`, `max_length`) and
-            `data` (`files`, `examples`, `trained_on`, `calibration`, `calibration_splits`,
-            `calibration_trained_on`), as in `jaxrmils.cli.defaults`.
+            `data` (`files`, or `name`, `split` and `data_dir` for a data set with the features of
+            TFDS's `squad`; `examples`, `trained_on`, and of a further JSON file `calibration`,
+            `calibration_splits`, `calibration_trained_on`), as in `jaxrmils.cli.defaults`.
         progress: not used; reading takes seconds.
         architecture: the encoder's sizes; by default those of `config.model.name`.
 
@@ -60,9 +61,13 @@ def squad_task(
     sizes = architecture or encoder_config(config.model.name)
     _check_length(config.model.max_length, sizes)
     tokenizer = load_tokenizer(config.model.tokenizer)
-    files = [file for file in (config.data.files, config.data.calibration) if file]
-    length = config.model.max_length
-    parts = [load_squad(file, tokenizer, max_length=length, windows=False) for file in files]
+    data = config.data
+    options = {"max_length": config.model.max_length, "windows": False}
+    files = [file for file in (data.files, data.calibration) if file]
+    parts = [load_squad(file, tokenizer, **options) for file in files]
+    if data.name:
+        known = (data.name, data.split, tokenizer)
+        parts.insert(0, load_squad_tfds(*known, data_dir=data.data_dir, **options))
     squad = _joined(parts)
     lengths = [len(part.dataset) for part in parts]
     splits, training = deal_files(config, lengths, squad.dataset.groups)
@@ -71,7 +76,7 @@ def squad_task(
     apply, _ = from_linen(module, shapes)
     model = config.model.name or "BERT"
     return Task(
-        name=f"{model} on {Path(config.data.files).stem} ({lengths[0]:,} questions)",
+        name=f"{model} on {parts[0].dataset.name} ({lengths[0]:,} questions)",
         apply=apply,
         params=lambda: _weights(config.model.weights, module),
         shapes=shapes,

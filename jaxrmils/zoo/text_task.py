@@ -1,4 +1,4 @@
-"""Classification of texts in a CSV file by a fine-tuned BERT."""
+"""Classification of texts of a CSV file or of TFDS by a fine-tuned BERT."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from jaxrmils.data import (
     Dataset,
     Task,
     check_labels,
+    encode_texts,
     join,
     load_text_csv,
     load_tokenizer,
+    read_tfds,
+    tfds_class_names,
 )
-from jaxrmils.data.tables import read_columns
+from jaxrmils.data.tables import class_indices, read_columns
 from jaxrmils.graph import from_linen
 from jaxrmils.progress import Progress, silent
 from jaxrmils.zoo.bert import BertConfig, BertForClassification
@@ -31,6 +34,7 @@ from jaxrmils.zoo.bert_checkpoint import (
     with_published_names,
 )
 from jaxrmils.zoo.file_splits import check_file_options, deal_files
+from jaxrmils.zoo.image_task import top_accuracies
 from jaxrmils.zoo.importing import StateDict, WeightError, load_state_dict
 from jaxrmils.zoo.training import cross_entropy
 
@@ -42,7 +46,7 @@ GROUP_COLUMN = "group"
 def text_task(
     config: Any, progress: Progress = silent, *, architecture: BertConfig | None = None
 ) -> Task:
-    """Texts of a CSV file and a `BertForClassification`.
+    """Texts of a CSV file, or of a data set of TFDS, and a `BertForClassification`.
 
     The file has a column `text` or `sentence` and one of `label`, `category`, `class` or `intent`;
     with a column `group`, whole groups are dealt out to the splits, whose sizes then count groups.
@@ -51,13 +55,15 @@ def text_task(
 
     Args:
         config: with `seed`, `splits`, `model` (`name`, `weights`, `tokenizer`, `max_length`) and
-            `data` (`files`, `examples`, `trained_on`, `calibration`, `calibration_splits`,
-            `calibration_trained_on`), as in `jaxrmils.cli.defaults`.
+            `data` (`files`, or `name`, `split`, `data_dir`, `text_feature` and `label_feature` for
+            a data set of TFDS; `examples`, `trained_on`, and of a further CSV file `calibration`,
+            `calibration_splits`, `calibration_trained_on`), as in `jaxrmils.cli.defaults`.
         progress: not used; reading takes seconds.
         architecture: the encoder's sizes; by default those of `config.model.name`.
 
     Returns:
-        The task; its metric is "Acc@1". The number of classes is the checkpoint's.
+        The task; its metrics are "Acc@1" and, with more than 5 classes, "Acc@5". The number of
+        classes is the checkpoint's.
 
     Raises:
         DataError: an option is missing or does not fit, a file is missing or of another form, or
@@ -71,17 +77,16 @@ def text_task(
     module = _classifier(state, sizes, config.model.weights)
     tokenizer = load_tokenizer(config.model.tokenizer)
     names = class_names(config.model.weights)
-    files = [Path(file) for file in (config.data.files, config.data.calibration) if file]
-    length = config.model.max_length
-    parts = [_read(file, tokenizer, length, names, module.num_classes) for file in files]
+    data = config.data
+    known = (tokenizer, config.model.max_length, names, module.num_classes)
+    files = [Path(file) for file in (data.files, data.calibration) if file]
+    parts = [_read(file, *known) for file in files]
+    if data.name:
+        parts.insert(0, _read_tfds(data, *known))
     dataset = functools.reduce(join, parts)
     splits, training = deal_files(config, [len(part) for part in parts], dataset.groups)
     shapes = jax.eval_shape(module.init, jax.random.key(0), **token_shapes())
     apply, _ = from_linen(module, shapes)
-
-    def metrics(outputs: Any, indices: np.ndarray) -> dict[str, np.ndarray]:
-        correct = np.argmax(np.asarray(outputs), axis=-1) == dataset.targets[np.asarray(indices)]
-        return {"Acc@1": correct.astype(np.float64)}
 
     return Task(
         name=f"{config.model.name or 'BERT'} on {parts[0].name} ({len(parts[0]):,} texts)",
@@ -92,7 +97,7 @@ def text_task(
         dataset=dataset,
         splits=splits,
         training=training,
-        metrics=metrics,
+        metrics=top_accuracies(dataset.targets),
     )
 
 
@@ -151,9 +156,45 @@ def _read(
     return dataset
 
 
+def _read_tfds(
+    data: Any, tokenizer: Any, max_length: int, names: list[str] | None, num_classes: int
+) -> Dataset:
+    """The texts of a data set of TFDS, with the checkpoint's numbers of classes."""
+    text, label = data.text_feature, data.label_feature
+    where = {"data_dir": data.data_dir}
+    found = read_tfds(data.name, data.split, **where, features=[text, label])
+    texts, labels = found[text], found[label]
+    if not isinstance(texts[0], str):
+        raise DataError(
+            f"{data.name}: feature {text!r} holds {type(texts[0]).__name__}; expected texts: "
+            "--config.data.text_feature=NAME"
+        )
+    if isinstance(labels[0], str):
+        if names is None:
+            _check_all_occur(data.name, label, set(labels), num_classes)
+        targets = class_indices(labels, names)
+    elif not isinstance(labels[0], (int, np.integer)):
+        raise DataError(
+            f"{data.name}: feature {label!r} holds {type(labels[0]).__name__}; expected a class "
+            "for each text: --config.data.label_feature=NAME"
+        )
+    else:
+        own = tfds_class_names(data.name, **where, feature=label)
+        numbers = np.array(labels, np.int32)
+        targets = numbers
+        if names is not None and own is not None:
+            targets = class_indices([own[n] for n in numbers], names)
+    check_labels(targets, num_classes)
+    inputs = encode_texts(tokenizer, texts, max_length=max_length)
+    return Dataset(inputs, targets, None, f"{data.name}/{data.split}")
+
+
 def _check_names(path: Path, label: str, num_classes: int) -> None:
     """Without the checkpoint's class names, names in order are indices only if all occur."""
-    found = set(read_columns(path, [label])[label])
+    _check_all_occur(path, label, set(read_columns(path, [label])[label]), num_classes)
+
+
+def _check_all_occur(path: Path | str, label: str, found: set[str], num_classes: int) -> None:
     if not all(name.removeprefix("-").isdecimal() for name in found) and len(found) != num_classes:
         raise DataError(
             f"{path}: {len(found)} class names in column {label!r}, but the checkpoint has "

@@ -1,7 +1,6 @@
 """One compiled simulation for every plan."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from stages import TARGETS, calibrated, table_of, traced, unreached
 
 import jaxrmils as jr
 from jaxrmils.policies import PlanError, Simulator
+from jaxrmils.policies import simulation as policy_simulation
 from jaxrmils.sensitivity import ScoreError
 
 
@@ -46,13 +46,34 @@ def test_the_last_results_are_kept_by_what_a_plan_does():
         assert found[0] is not found[1]
     with pytest.raises(ValueError, match="read-only"):
         simulation.change(plans[0])[0] = 0.0
-    found = simulation.attribute(plans[0])
-    formats = ("w8a8", "w8a4", "w4a8", "w4a4", "w8", "w4", "int4", "float")
-    first = next(iter(table.layers)).name
-    for name, rest in itertools.product(formats, ("w8", "w4")):  # More than are kept.
-        simulation.attribute(jr.uniform(table, rest, force={first: name}))
-    assert simulation.attribute(plans[0]) is not found
-    np.testing.assert_array_equal(simulation.attribute(plans[0]).change, found.change)
+
+
+def test_what_is_kept_is_limited_in_bytes(monkeypatch):
+    table = table_of("plain")
+    plans = [jr.uniform(table, name) for name in ("w8a8", "w4a8", "w4a4", "w8")]
+    one = simulated("plain").attribute(plans[0])
+    arrays = [*one.layers.values(), one.float_loss, one.quantized_loss]
+    size = sum(array.nbytes for array in arrays)
+    monkeypatch.setattr(policy_simulation, "ATTRIBUTIONS_BYTES", 3 * size)
+    monkeypatch.setattr(policy_simulation, "CHANGES_BYTES", 2 * one.float_loss.nbytes)
+    simulation = simulated("plain")
+    attributed = [simulation.attribute(plan) for plan in plans]
+    for number in (3, 2, 1):
+        assert simulation.attribute(plans[number]) is attributed[number]
+    again = simulation.attribute(plans[0])  # The oldest, so that it had to go.
+    assert again is not attributed[0]
+    np.testing.assert_array_equal(again.change, attributed[0].change)
+    assert simulation.attribute(plans[3]) is not attributed[3]  # Not looked at for the longest.
+    changes = [simulation.change(plan) for plan in plans[:3]]
+    assert simulation.change(plans[1]) is changes[1]
+    assert simulation.change(plans[0]) is not changes[0]
+    # The last result is kept, however large.
+    monkeypatch.setattr(policy_simulation, "ATTRIBUTIONS_BYTES", 1)
+    simulation = simulated("plain")
+    last = simulation.attribute(plans[0])
+    assert simulation.attribute(plans[0]) is last
+    simulation.attribute(plans[1])
+    assert simulation.attribute(plans[0]) is not last
 
 
 def test_in_bfloat16_it_is_the_integer_model_that_is_simulated():

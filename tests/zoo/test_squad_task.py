@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import sys
 from pathlib import Path
 
 import jax
@@ -9,7 +10,14 @@ import numpy as np
 import pytest
 from data.text_files import question, tiny_tokenizer, write_squad
 from safetensors.numpy import load_file, save_file
-from text_tasks import TINY, random_variables, task_config, write_questions
+from text_tasks import (
+    TINY,
+    prepare_banking,
+    prepare_questions,
+    random_variables,
+    task_config,
+    write_questions,
+)
 
 from jaxrmils.cli import pipeline
 from jaxrmils.data import (
@@ -17,9 +25,12 @@ from jaxrmils.data import (
     DataError,
     check_disjoint,
     load_squad,
+    load_squad_tfds,
+    load_tokenizer,
     squad_metrics,
     squad_predictions,
 )
+from jaxrmils.data.squad import read_questions
 from jaxrmils.zoo import BertForSpans, WeightError
 from jaxrmils.zoo.bert_checkpoint import save_bert
 from jaxrmils.zoo.squad_task import squad_task
@@ -163,7 +174,8 @@ def test_files_that_share_a_paragraph(tmp_path, config):
         ("data.files", "none.json", r"none\.json is no file"),
         ("model.tokenizer", "", r"config\.model\.tokenizer is empty"),
         ("model.tokenizer", "none.json", r"none\.json is no file"),
-        ("data.name", "squad", r"config\.data\.name is 'squad', which the task 'squad' does not"),
+        ("data.name", "squad", r"and config\.data\.name is 'squad'; the task 'squad' reads one of"),
+        ("data.labels", "x", r"config\.data\.labels is 'x', which the task 'squad' does not read"),
         ("model.max_length", 21, r"max_length is 21, but the encoder reads 20"),
         ("splits.test", 6, r"need 13 groups .* but 12 were found"),
     ],
@@ -187,6 +199,58 @@ def test_unknown_encoder_and_splits(tmp_path, config):
     config.data.calibration_splits = ("ranges",)
     config.splits.ranges = 3
     with pytest.raises(DataError, match=r"need 3 groups \(ranges 3\) but 2 were found"):
+        build(config)
+
+
+def test_a_data_set_of_tfds(tmp_path, config):
+    questions = read_questions(config.data.files)
+    several = (*questions[0].answers, ("Ada", questions[0].context.index("Ada")))
+    questions[0] = dataclasses.replace(questions[0], answers=several)
+    prepare_questions(tmp_path / "tfds", questions)
+    of_file = build(config)
+    config.data.update(files="", name="questions_v1", data_dir=str(tmp_path / "tfds"))
+    task = build(config)
+    assert task.name == "BERT on questions_v1/validation (24 questions)"
+    assert "tensorflow" not in sys.modules
+    tokenizer = load_tokenizer(config.model.tokenizer)
+    squad = load_squad_tfds(
+        "questions_v1",
+        "validation",
+        tokenizer,
+        data_dir=tmp_path / "tfds",
+        max_length=20,
+        windows=False,
+    )
+    # In TFDS's order, the same examples, and the same questions about each paragraph.
+    known = {question.id: number for number, question in enumerate(questions)}
+    order = [known[question.id] for question in squad.questions]
+    assert sorted(order) == list(range(24)) and order != sorted(order)
+    assert [question.answers for question in squad.questions] == [
+        questions[number].answers for number in order
+    ]
+    expected = of_file.dataset.take(order)
+    jax.tree.map(np.testing.assert_array_equal, task.dataset.inputs, expected.inputs)
+    jax.tree.map(np.testing.assert_array_equal, task.dataset.targets, expected.targets)
+    pairs = set(zip(task.dataset.groups.tolist(), expected.groups.tolist(), strict=True))
+    assert len(pairs) == 12
+    logits = [np.eye(20, dtype=np.float32)[task.dataset.targets[k]] * 5 for k in ("start", "end")]
+    assert task.metrics(tuple(logits), np.arange(24))["EM"].all()
+    # A further file sets the ranges.
+    config.data.calibration = str(write_questions(tmp_path / "other", 4, prefix="t"))
+    config.splits.update(ranges=4, test=7)
+    assert build(config).splits.ranges.min() >= 24
+
+
+def test_answers_of_tfds_are_checked(tmp_path, config):
+    questions = read_questions(config.data.files)
+    questions[3] = dataclasses.replace(questions[3], answers=())
+    prepare_questions(tmp_path / "tfds", questions)
+    config.data.update(files="", name="questions_v1", data_dir=str(tmp_path / "tfds"))
+    with pytest.raises(DataError, match=r"validation: question q1b has no answer, as in SQuAD v2"):
+        build(config)
+    prepare_banking(tmp_path / "tfds", [("a", 1)])
+    config.data.update(name="banking", split="test")
+    with pytest.raises(DataError, match="banking has no feature 'answers/answer_start'"):
         build(config)
 
 

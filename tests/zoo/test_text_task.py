@@ -1,12 +1,31 @@
 """Texts of a CSV file, a classifier's weights and its classes."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
+from data.banking.banking_dataset_builder import CLASSES as BANKING_CLASSES
 from safetensors.numpy import load_file, save_file
-from text_tasks import CLASSES, TINY, random_variables, some_rows, task_config, write_texts
+from text_tasks import (
+    CLASSES,
+    TEXTS,
+    TINY,
+    prepare_banking,
+    random_variables,
+    some_rows,
+    task_config,
+    write_texts,
+)
 
-from jaxrmils.data import SPLIT_NAMES, DataError, check_disjoint
+from jaxrmils.data import (
+    SPLIT_NAMES,
+    DataError,
+    check_disjoint,
+    encode_texts,
+    load_tokenizer,
+    read_tfds,
+)
 from jaxrmils.zoo import BertForClassification, WeightError, cross_entropy
 from jaxrmils.zoo.bert_checkpoint import save_bert
 from jaxrmils.zoo.text_task import text_task
@@ -106,3 +125,77 @@ def test_files_that_do_not_fit(tmp_path, config):
     config.model.weights = ""
     with pytest.raises(DataError, match=r"config\.model\.weights is empty; the task 'texts'"):
         build(config)
+
+
+TOPICS = 77
+
+
+def of_tfds(config, folder, **options):
+    config.data.update(files="", name="banking", split="test", data_dir=str(folder), **options)
+    return config
+
+
+def banking_rows(count=100):
+    return [(f"{TEXTS[n % 4]} {n}", n * 5 % TOPICS) for n in range(count)]
+
+
+@pytest.fixture
+def banking(tmp_path, config):
+    """A config for 77 classes, and a checkpoint that numbers them the other way round."""
+    variables = random_variables(BertForClassification(TINY, TOPICS, "mean"))
+    names = BANKING_CLASSES[::-1]
+    save_bert(variables, tmp_path / "weights.safetensors", classes=names)
+    prepare_banking(tmp_path / "tfds", banking_rows())
+    return of_tfds(config, tmp_path / "tfds")
+
+
+def test_a_data_set_of_tfds(tmp_path, banking):
+    task = build(banking)
+    assert task.name == "BERT on banking/test (100 texts)" and task.dataset.groups is None
+    read = read_tfds("banking", "test", data_dir=tmp_path / "tfds", features=["text", "label"])
+    assert sorted(zip(*read.values(), strict=True)) == sorted(banking_rows())
+    assert task.dataset.targets.tolist() == [76 - label for label in read["label"]]
+    tokenizer = load_tokenizer(banking.model.tokenizer)
+    expected = encode_texts(tokenizer, read["text"], max_length=20)
+    jax.tree.map(np.testing.assert_array_equal, task.dataset.inputs, expected)
+    assert "tensorflow" not in sys.modules
+    # With 77 classes, five tries count, too.
+    chosen = np.arange(10)
+    found = task.metrics(np.eye(TOPICS)[task.dataset.targets[chosen]], chosen)
+    assert list(found) == ["Acc@1", "Acc@5"] and found["Acc@1"].all()
+    logits = np.tile(np.arange(TOPICS, dtype=np.float32), (10, 1))
+    first = (task.dataset.targets[chosen] >= TOPICS - 5).astype(float).tolist()
+    assert task.metrics(logits, chosen)["Acc@5"].tolist() == first and 0 < sum(first) < 10
+
+
+def test_other_features_and_a_file_that_calibrates(tmp_path, banking):
+    rows = [(f"where is {n}", n % 2) for n in range(30)]
+    options = {"names": ("question", "kind"), "classes": TOPICS}
+    prepare_banking(tmp_path / "other", rows, **options)
+    config = of_tfds(banking, tmp_path / "other")
+    with pytest.raises(DataError, match=r"no feature 'label'; its features are \['kind', 'quest"):
+        build(config)
+    config.data.update(text_feature="question", label_feature="kind")
+    # Numbers alone are those of the checkpoint.
+    assert sorted(build(config).dataset.targets.tolist()) == [0] * 15 + [1] * 15
+    config.data.calibration = str(write_texts(tmp_path, some_rows(8, ["topic_1", "topic_2"])))
+    task = build(config)
+    assert len(task.dataset) == 38 and task.splits.ranges.min() >= 30
+    config.data.update(text_feature="kind", label_feature="kind")
+    with pytest.raises(DataError, match=r"'kind' holds int; expected texts: --config\.data\.text"):
+        build(config)
+
+
+def test_classes_that_the_checkpoint_does_not_have(tmp_path, banking):
+    prepare_banking(tmp_path / "few", [("where is it?", 1)] * 20, classes=["a", "b"])
+    with pytest.raises(DataError, match=r"1 labels are none of the 77 classes: \['b'\]"):
+        build(of_tfds(banking, tmp_path / "few"))
+
+
+def test_one_kind_of_source(banking):
+    banking.data.files = "texts.csv"
+    with pytest.raises(DataError, match=r"the task 'texts' reads one of them: a CSV file, or conf"):
+        build(banking)
+    banking.data.update(files="", data_dir="")
+    with pytest.raises(DataError, match="where has TFDS prepared banking"):
+        build(banking)

@@ -4,6 +4,8 @@ import csv
 
 import jax
 import numpy as np
+from data.banking.banking_dataset_builder import Banking
+from data.questions_v1.questions_v1_dataset_builder import QuestionsV1
 from data.text_files import VOCABULARY, question, write_squad, write_vocabulary
 
 from jaxrmils.cli.defaults import base_config
@@ -69,3 +71,15 @@ def write_texts(folder, rows, header=("text", "category"), name="texts.csv"):
 def some_rows(count, classes=CLASSES):
     """Texts and classes that have nothing to do with each other."""
     return [(f"{TEXTS[n % 4]} {n}", classes[n % len(classes)]) for n in range(count)]
+
+
+def prepare_banking(folder, rows, **options):
+    """Texts and numbers of classes as TFDS prepares them."""
+    builder = Banking(rows=rows, data_dir=folder, file_format="array_record", **options)
+    builder.download_and_prepare()
+
+
+def prepare_questions(folder, questions):
+    """Questions as TFDS prepares them."""
+    builder = QuestionsV1(questions=questions, data_dir=folder, file_format="array_record")
+    builder.download_and_prepare()
