@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrmils.graph import Graph, Site, SiteCall, compat, interpret
+from jaxrmils.graph.program import Call, Program, SiteStep
 from jaxrmils.graph.reads import MAX_POOL
 from jaxrmils.lowering.integer_dot import BACKENDS
 from jaxrmils.lowering.max_pool import run_max_pool
@@ -63,15 +64,43 @@ class NativeWeight:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["leaves", "weights", "grids"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["scale", "offset", "correction"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vectors:
+    """What a kernel does by channel, of parameters alone; see `kernels.Epilogue`.
+
+    Attributes:
+      scale, offset: float32 [channels].
+      correction: int32 [channels].
+    """
+
+    scale: Any
+    offset: Any
+    correction: Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["leaves", "weights", "grids", "vectors"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class NativeParams:
-    """The parameters of a `NativeModel`; leaves and grids as in `QuantizedParams`."""
+    """The parameters of a `NativeModel`.
+
+    Attributes:
+      leaves, grids: as in `QuantizedParams`.
+      weights: packed, by name.
+      vectors: per site, what its kernel does by channel, made of the leaves once.
+    """
 
     leaves: Mapping[str, Any]
     weights: Mapping[str, NativeWeight]
     grids: Mapping[str, tuple[QuantParams, ...]]
+    vectors: Mapping[str, Vectors]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,26 +129,32 @@ class NativeModel:
         differ where a value lies half-way between two.
 
         Args:
-          params: `native_model.params`.
+          params: `native_model.params`; parts of it were made of others, so they go together.
           inputs: like the traced inputs, at any batch size.
 
         Returns:
           What the float model's apply returns.
         """
-        model = self.model
-        roundings = roundings_by_site(model.graph, model.plan)
-        handler = functools.partial(_handler, model, roundings)
-        leaves = [params.leaves.get(name) for name in model.graph.leaf_names]
-        return interpret(
-            model.graph,
-            handler,
-            leaves,
-            inputs,
-            weights=params.weights,
-            state=params.grids,
-            absent=lambda struct: jnp.zeros(struct.shape, struct.dtype),
-            operations={MAX_POOL: run_max_pool},
-        )[0]
+        return _run(self.model, params, inputs, {})
+
+
+def _run(
+    model: QuantizedModel, params: NativeParams, inputs: Any, made: dict[str, list[Vectors]]
+) -> Any:
+    """The outputs; `made` collects what kernels do by channel."""
+    roundings = roundings_by_site(model.graph, model.plan)
+    handler = functools.partial(_handler, model, roundings, params.vectors, made)
+    leaves = [params.leaves.get(name) for name in model.graph.leaf_names]
+    return interpret(
+        model.graph,
+        handler,
+        leaves,
+        inputs,
+        weights=params.weights,
+        state=params.grids,
+        absent=lambda struct: jnp.zeros(struct.shape, struct.dtype),
+        operations={MAX_POOL: run_max_pool},
+    )[0]
 
 
 def native(model: QuantizedModel) -> NativeModel:
@@ -159,7 +194,39 @@ def native(model: QuantizedModel) -> NativeModel:
             scales={site: part[1] for site, part in parts.items()},
             sums={site: part[2] for site, part in parts.items()},
         )
-    return NativeModel(model, NativeParams(params.leaves, weights, params.grids), reasons)
+    packed = NativeParams(params.leaves, weights, params.grids, {})
+    vectors = _vectors(model, packed)
+    return NativeModel(model, dataclasses.replace(packed, vectors=vectors), reasons)
+
+
+def _vectors(model: QuantizedModel, params: NativeParams) -> Mapping[str, Vectors]:
+    """What kernels do by channel, of sites whose kernel runs once and not inside a branch.
+
+    It depends on parameters alone, so a call need not compute it again.
+    """
+    graph = model.graph
+    outside = _outside(graph.traced.program)
+    names = {site.name for index, site in enumerate(graph.sites) if index in outside}
+
+    @jax.jit
+    def collect(params: NativeParams) -> dict[str, Vectors]:
+        made: dict[str, list[Vectors]] = {}
+        inputs = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), graph.example)
+        _run(model, params, inputs, made)
+        return {n: each[0] for n, each in made.items() if n in names and len(each) == 1}
+
+    return collect(params)
+
+
+def _outside(program: Program) -> set[int]:
+    """The numbers of a program's sites that no scan, branch or checkpoint holds."""
+    found: set[int] = set()
+    for step in program.steps:
+        if isinstance(step, SiteStep):
+            found.add(step.index)
+        elif isinstance(step, Call) and step.kind == "inline":
+            found |= _outside(step.programs[0])
+    return found
 
 
 def _reason(model: QuantizedModel, site: Site, eqn: compat.JaxprEqn) -> str | None:
@@ -247,7 +314,13 @@ def _is_depthwise(eqn: compat.JaxprEqn) -> bool:
     return eqn.params["feature_group_count"] == channels != 1
 
 
-def _handler(model: QuantizedModel, roundings: Any, call: SiteCall) -> tuple[Any, Any]:
+def _handler(
+    model: QuantizedModel,
+    roundings: Any,
+    vectors: Mapping[str, Vectors],
+    made: dict[str, list[Vectors]],
+    call: SiteCall,
+) -> tuple[Any, Any]:
     weight, name = call.weight, call.site.name
     if weight is None or name not in weight.packed:
         if weight is not None:
@@ -261,10 +334,16 @@ def _handler(model: QuantizedModel, roundings: Any, call: SiteCall) -> tuple[Any
         codes = call.once(0, key, lambda x: codes_of(x, grid, rounding))
     if 0 in call.shared:
         call.store(0, Dequantized(codes, grid, compat.abstract(call.eqn.invars[0]).dtype))
-    return _product(call, codes, grid), None
+    return _product(call, codes, grid, vectors, made.setdefault(name, [])), None
 
 
-def _product(call: SiteCall, codes: Any, grid: QuantParams) -> Product:
+def _product(
+    call: SiteCall,
+    codes: Any,
+    grid: QuantParams,
+    vectors: Mapping[str, Vectors],
+    made: list[Vectors],
+) -> Product:
     """The site's product, to be computed with what follows it."""
     weight, name, params = call.weight, call.site.name, call.eqn.params
     packed, sums = weight.packed[name], weight.sums[name]
@@ -273,12 +352,13 @@ def _product(call: SiteCall, codes: Any, grid: QuantParams) -> Product:
     channels = sums.shape[0]
 
     def emit(tail: Tail, out: QuantParams | None) -> Any:
-        residual_grid = tail.residual_grid
-        residual = tail.residual
+        by_channel = vectors.get(name) or Vectors(tail.scale, tail.offset, -zero * sums)
+        made.append(by_channel)
+        residual, residual_grid = tail.residual, tail.residual_grid
         epilogue = kernels.Epilogue(
-            scale=tail.scale,
-            offset=tail.offset,
-            correction=-zero * sums,
+            scale=by_channel.scale,
+            offset=by_channel.offset,
+            correction=by_channel.correction,
             residual=residual if residual is None or is_conv else residual.reshape(-1, channels),
             residual_grid=None if residual_grid is None else _pair(residual_grid),
             low=tail.low,

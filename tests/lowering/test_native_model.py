@@ -130,6 +130,7 @@ def made(function, params, inputs, shortcuts="float", format="w8a8", **options):
 def test_every_product_is_computed_once_with_all_that_follows(shortcuts, format, emitted):
     model = made(net, PARAMS, X, shortcuts, format)
     found = jr.native(model)
+    emitted.clear()
     assert not found.reasons
     close(jax.jit(found.apply)(found.params, X), model(X))
     infinite, shares = math.inf, shortcuts == "codes"
@@ -173,6 +174,7 @@ def test_what_several_operations_read_is_computed_once(emitted):
     params = {"a": random(8, 8), "b": random(8, 8, seed=2), "bias": random(8, seed=3)}
     model = made(gelu, params, random(6, 8, seed=4))
     found = jr.native(model)
+    emitted.clear()
     close(found(random(6, 8, seed=5)), model(random(6, 8, seed=5)))
     assert [(name, codes) for name, *_, codes in emitted] == [("dot", False)] * 2
 
@@ -187,7 +189,9 @@ def test_heads_are_split_in_codes(emitted):
     graph = jr.trace(scores, params, x)
     ranges = jr.calibrate(graph, params, [x], estimator="minmax")
     model = jr.quantize(graph, params, jr.uniform(jr.tabulate(graph), "w8a8"), ranges)
-    close(jr.native(model)(x), model(x))
+    found = jr.native(model)
+    emitted.clear()
+    close(found(x), model(x))
     assert [codes for *_, codes in emitted] == [True, True]
 
 
@@ -200,6 +204,7 @@ def test_sums_differences_and_quotients_by_channel_are_taken_along(emitted):
     params = {"w": random(8, 4), "b": 1 + 0.3 * random(4, seed=2)}
     model = made(arithmetic, params, random(6, 8, seed=4))
     found = jr.native(model)
+    emitted.clear()
     close(found(random(6, 8, seed=5)), model(random(6, 8, seed=5)))
     assert emitted == [("dot", None, (-1.0, 2.0), False)]
 
@@ -212,6 +217,7 @@ def test_two_products_are_added_and_a_product_to_itself_is_not_lost(emitted):
     params = {n: random(8, 8, seed=i) for i, n in enumerate("abc")}
     model = made(sums, params, random(6, 8, seed=4))
     found = jr.native(model)
+    emitted.clear()
     close(found(random(6, 8, seed=5)), model(random(6, 8, seed=5)))
     assert ("dot", "float32", (0.0, math.inf), False) in emitted and len(emitted) == 3
 
@@ -249,6 +255,29 @@ def test_reasons_name_what_stays_with_xla(name, kind, reason):
 def test_weights_of_kernels_are_held_once():
     found = jr.native(made(net, PARAMS, X))
     assert all(weight.quantized is None for weight in found.params.weights.values())
+
+
+def test_what_depends_on_parameters_alone_is_computed_once():
+    found = jr.native(made(net, PARAMS, X))
+    assert set(found.params.vectors) == set(found.params.weights)
+    normalized = found.params.vectors["stem"]
+    plain = dataclasses.replace(found.params, vectors={})
+    np.testing.assert_array_equal(
+        jax.jit(found.apply)(found.params, X), jax.jit(found.apply)(plain, X)
+    )
+    assert normalized.scale.shape == normalized.offset.shape == normalized.correction.shape == (8,)
+
+
+def test_kernels_that_run_twice_or_in_branches_compute_it_themselves():
+    def both(p, x):
+        y = x @ p["a"]
+        return y @ p["b"], jax.lax.cond(x.sum() > -1e9, lambda: x @ p["c"], lambda: x)
+
+    params = {n: random(8, 8, seed=i) for i, n in enumerate("abc")}
+    model = made(both, params, random(6, 8, seed=4))
+    found = jr.native(model)
+    assert {"a", "b"} <= set(found.params.vectors) and "c" not in found.params.vectors
+    close(found(random(6, 8, seed=5)), model(random(6, 8, seed=5)))
 
 
 def test_other_backends_and_missing_kernels_are_refused(monkeypatch):
