@@ -1,6 +1,7 @@
 """Where an int8 model's time goes, by kind of operation, and how near it comes to the peak.
 
     python benchmarks/where_time_goes.py --models resnet18,mobilenet_v2 --batch 8
+    python benchmarks/where_time_goes.py --kernels native --shortcuts codes
 
 `jaxrmils.profile` times every layer of the w8a8 model: its product, and what follows up to the next
 one (rescaling, bias, activation, additions, the next layer's quantization). Here they are summed by
@@ -52,14 +53,13 @@ def _conv(eqn: Any) -> str:
     return f"{operation} {window}"
 
 
-def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds and shares by kind."""
-    work = workload(name, None)
-    graph = jr.trace(work.apply, work.variables, work.make_inputs(1))
+    work, batch = workload(name, None), args.batch
+    graph = jr.trace(work.apply, work.variables, work.make_inputs(1), shortcuts=args.shortcuts)
     ranges = jr.calibrate(graph, work.variables, [work.make_inputs(CALIBRATION_BATCH)])
-    found = jr.profile(
-        graph, work.variables, ranges, work.make_inputs(batch), formats=(FORMAT,), rounds=rounds
-    )
+    options = {"formats": (FORMAT,), "rounds": args.rounds, "kernels": args.kernels}
+    found = jr.profile(graph, work.variables, ranges, work.make_inputs(batch), **options)
     times, kind_of = found.programs[FORMAT], kinds(graph)
     rows: dict[str, dict[str, float]] = {}
     for layer in jr.tabulate(graph).layers:
@@ -104,13 +104,15 @@ def main() -> None:
     parser.add_argument("--models", type=listed, default=("resnet18", "mobilenet_v2", "bert_base"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--kernels", choices=("xla", "native"), default="xla")
+    parser.add_argument("--shortcuts", choices=("float", "codes"), default="float")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     args = parser.parse_args()
     if unknown := set(args.models) - set(NETWORKS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(NETWORKS)}")
     console, results = Console(width=110), {}
     for name in args.models:
-        results[name] = measure(name, args.batch, args.rounds)
+        results[name] = measure(name, args)
         show(f"{name}, batch {args.batch}", results[name], console)
     if args.out:
         command = shlex.join(["python", "benchmarks/where_time_goes.py", *sys.argv[1:]])

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
+
 Operation = Literal[
     "dot",
     "one row",
@@ -341,8 +343,17 @@ def row_of(backend: str, operation: str, format_: str) -> Row:
     raise KeyError(f"no formulation of {operation!r} in {format_!r} on {backend!r}")
 
 
-def remarks(backend: str, formats: Iterable[str]) -> tuple[str, ...]:
+INT8_KERNELS_ON_CPU = (0, 12)
+"""The first version of jax whose CPU backend has int8 kernels."""
+
+
+def remarks(
+    backend: str, formats: Iterable[str], jax_version: str = jax.__version__
+) -> tuple[str, ...]:
     """What formats do not do well on a backend, for people who choose among them.
+
+    >>> remarks("cpu", ["w8a8"], "0.10.2")
+    ('jax 0.10.2 has no int8 kernels on CPU: ...)
 
     >>> remarks("tpu", ("w8a8", "w4a8"))
     ()
@@ -350,6 +361,12 @@ def remarks(backend: str, formats: Iterable[str]) -> tuple[str, ...]:
     2
     """
     used, found = {name.partition("g")[0] for name in formats}, []  # w4g32 is a w4
+    version = tuple(int(part) for part in jax_version.split(".")[:2])
+    if backend == "cpu" and version < INT8_KERNELS_ON_CPU and used & {*DOTS, *DYNAMIC}:
+        found.append(
+            f"jax {jax_version} has no int8 kernels on CPU: integer layers are about as fast as "
+            "float32, some slower; they are faster from jax 0.12 on, or on native kernels"
+        )
     if backend == "cpu" and used & {"w4a4", "w4a8", "w4a8d", "w4"}:
         found.append(
             "int4 weights are smaller but not faster on CPU: every call unpacks them to int8"
