@@ -1,19 +1,20 @@
 """Reference outputs of the original BERT in PyTorch, and how far the Flax port is from them.
 
     python experiments/reference_bert.py fixtures --out tests/zoo/fixtures/bert_tiny.json
+    python experiments/reference_bert.py seeded --out bert_base_seeded.safetensors
     python experiments/reference_bert.py torch --weights W.safetensors --tokenizer T.json --out R
     python experiments/reference_bert.py compare --weights W.safetensors --reference R --out OUT
     python experiments/reference_bert.py answers --weights W.safetensors --tokenizer T.json \\
         --questions xquad.en.json --out OUT
 
-`fixtures` and `torch` need PyTorch, transformers and tokenizers (2.13.0, 4.57.1 and 0.22.2 on
-Python 3.11 were used) and nothing of jax; the others need jaxrmils and no PyTorch, so that the two
-can live in environments of their own. `fixtures` writes the outputs of tiny models whose weights
-are computed from each tensor's name and shape. `torch` runs real weights in float32 on made-up
-questions and stores tokens and outputs in an `.npz` file; `compare` writes the largest absolute
-differences. `answers` writes exact match and F1 of the port on a file in SQuAD's form. Relative
-paths of weights and data are looked for in the folder that the environment variable JAXRMILS_DATA
-names.
+`fixtures`, `seeded` and `torch` need PyTorch, transformers and tokenizers (2.13.0, 4.57.1 and
+0.22.2 on Python 3.11 were used) and nothing of jax; the others need jaxrmils and no PyTorch, so
+that the two can live in environments of their own. `fixtures` writes the outputs of tiny models
+whose weights are computed from each tensor's name and shape, and `seeded` a checkpoint of BERT-
+base's size with such weights. `torch` runs weights in float32 on made-up questions and stores
+tokens and outputs in an `.npz` file; `compare` writes the largest absolute differences. `answers`
+writes exact match and F1 of the port on a file in SQuAD's form. Relative paths of weights and data
+are looked for in the folder that the environment variable JAXRMILS_DATA names.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ TEXTS = (
     ("What is measured?", "Temperature, pressure and humidity are measured every hour."),
     ("Where is the lake?", "The lake lies between two hills, north of the old town. " * 25),
 )
+
+
+_TABLE = "embeddings.word_embeddings.weight"
 
 
 def tensor_for(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -97,6 +101,22 @@ def make_fixtures(out: Path) -> None:
     out.write_text(json.dumps(document) + "\n")
 
 
+def make_seeded(out: Path) -> None:
+    """A checkpoint of BERT-base with a head for spans, whose matrices have BERT's own spread."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    shapes = BertForQuestionAnswering(BertConfig()).state_dict()
+    tensors = {}
+    for name, tensor in shapes.items():
+        values = tensor_for(name, tuple(tensor.shape))
+        factor = 0.08 if values.ndim > 1 else 1.0
+        tensors[name] = torch.tensor(values * np.float32(factor))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out)
+
+
 def run_torch(weights: Path, tokenizer_file: Path, out: Path) -> None:
     """Outputs of real weights in the original implementation, in float32."""
     import torch
@@ -111,8 +131,13 @@ def run_torch(weights: Path, tokenizer_file: Path, out: Path) -> None:
             name = full + name.removeprefix(short) if name.startswith(short) else name
         state[name] = tensor.float()
     spans = "qa_outputs.weight" in state
+    width = state["bert.embeddings.word_embeddings.weight" if spans else _TABLE].shape[1]
+    layers = 1 + max(int(n.split("layer.")[1].split(".")[0]) for n in state if "layer." in n)
     config = BertConfig(
-        hidden_size=384, num_hidden_layers=6, intermediate_size=1536, attn_implementation="eager"
+        hidden_size=width,
+        num_hidden_layers=layers,
+        intermediate_size=4 * width,
+        attn_implementation="eager",
     )
     model = BertForQuestionAnswering(config) if spans else BertModel(config)
     report = model.load_state_dict(state, strict=False)
@@ -135,13 +160,16 @@ def compare(weights: Path, reference: Path) -> list[dict]:
     """The largest absolute difference of every output from the reference."""
     import jax
 
-    from jaxrmils.zoo import MINILM_L6, BertForEmbedding, BertForSpans, import_bert
+    from jaxrmils.zoo import BERT_BASE, MINILM_L6, BertForEmbedding, BertForSpans, import_bert
     from jaxrmils.zoo.importing import load_state_dict
 
     saved = np.load(reference)
     spans = "start" in saved
-    module = (BertForSpans if spans else BertForEmbedding)(MINILM_L6)
-    variables = import_bert(load_state_dict(_data(weights)), module, rename=_rename_patterns())
+    state = load_state_dict(_data(weights))
+    widths = {t.shape[1] for n, t in state.items() if n.endswith("word_embeddings.weight")}
+    config = BERT_BASE if widths == {BERT_BASE.hidden_size} else MINILM_L6
+    module = (BertForSpans if spans else BertForEmbedding)(config)
+    variables = import_bert(state, module, rename=_rename_patterns())
     tokens = {name: saved[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
     found = jax.jit(lambda variables, tokens: module.apply(variables, **tokens))(variables, tokens)
     named = dict(zip(("start", "end"), found, strict=True)) if spans else {"embedding": found}
@@ -263,6 +291,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     fixtures = commands.add_parser("fixtures", help="outputs of tiny models, for the tests")
     fixtures.add_argument("--out", type=Path, required=True)
+    seeded = commands.add_parser("seeded", help="a checkpoint of BERT-base with seeded weights")
+    seeded.add_argument("--out", type=Path, required=True, help="a .safetensors file")
     run = commands.add_parser("torch", help="outputs of real weights in PyTorch")
     run.add_argument("--weights", type=Path, required=True)
     run.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json")
@@ -280,6 +310,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "fixtures":
         make_fixtures(args.out)
+    elif args.command == "seeded":
+        make_seeded(args.out)
     elif args.command == "torch":
         run_torch(_data(args.weights), _data(args.tokenizer), args.out)
     elif args.command == "compare":
