@@ -54,12 +54,18 @@ struct Epilogue {
   // After all else is set; `products` of codes are summed in one result.
   void close(int64_t products) {
     if (!codes) return;
-    float largest = 0;
+    // Magnitudes in the order of their bits, which compilers find the largest of in vectors.
+    int32_t bits = 0;
+    const float sums = float(products) * (255 * 128);
     for (int64_t o = 0; o < channels; ++o) {
-      const float sum = float(products) * (255 * 128) + std::fabs(float(correction[size_t(o)]));
-      largest = std::fmax(largest, sum * std::fabs(scale[size_t(o)]) +
-                                       std::fabs(offset[size_t(o)]));
+      const float sum = sums + std::fabs(float(correction[size_t(o)]));
+      const float y = sum * std::fabs(scale[size_t(o)]) + std::fabs(offset[size_t(o)]);
+      int32_t of_y;
+      std::memcpy(&of_y, &y, sizeof(y));
+      bits = of_y > bits ? of_y : bits;
     }
+    float largest;
+    std::memcpy(&largest, &bits, sizeof(bits));
     if (kind == Residual::kCodes) largest += 255 * residual_scale;
     in_int32 = kind != Residual::kFloat && largest / out_scale < 0x1p30f;
     // Quantization never decreases: a clamp of values is one of codes.
@@ -97,6 +103,14 @@ struct EpilogueVectors {
         high_code(_mm_set1_epi8(e.high_code)) {}
 };
 
+inline void store_codes(int8_t* to, __mmask16 some, __m128i codes) {
+  if (some == 0xffff) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
+  } else {
+    _mm_mask_storeu_epi8(to, some, codes);
+  }
+}
+
 // Writes a vector of the result, whose first element is number `at`.
 template <Residual kind, Result result>
 inline void finish_vector(const Epilogue& e, const EpilogueVectors& k, __m512i sum, __m512 scale,
@@ -122,12 +136,7 @@ inline void finish_vector(const Epilogue& e, const EpilogueVectors& k, __m512i s
     if constexpr (result == Result::kCodesInInt32) {
       bytes = _mm_min_epi8(_mm_max_epi8(bytes, k.low_code), k.high_code);
     }
-    int8_t* out = static_cast<int8_t*>(e.out) + at;
-    if (some == 0xffff) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
-    } else {
-      _mm_mask_storeu_epi8(out, some, bytes);
-    }
+    store_codes(static_cast<int8_t*>(e.out) + at, some, bytes);
   }
 }
 

@@ -38,6 +38,11 @@ template <int n>
 using Numbers = std::make_integer_sequence<int, n>;
 #define JAXRMILS_INLINE __attribute__((always_inline))
 
+// _mm512_dpbusd_epi32, of which compilers copy the sums back and forth.
+[[gnu::always_inline]] inline void add_products(__m512i& sums, __m512i x, __m512i w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+}
+
 template <int kRows, int kPanels, bool kHere>
 void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t panel,
           int64_t quads, const Epilogue& e, int64_t row, int64_t channel, int64_t channels,
@@ -62,24 +67,42 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
       std::memcpy(&four, at[i / 3] + (i % 3) * stride, 4);
       const __m512i x = _mm512_set1_epi32(four);
       each([&](auto v) JAXRMILS_INLINE {
-        acc[i][v] = _mm512_dpbusd_epi32(acc[i][v], x, w[v]);
+        add_products(acc[i][v], x, w[v]);
       }, every_panel);
     }, every_row);
     each([&](auto j) JAXRMILS_INLINE { at[j] += 4; }, every_pointer);
   }
   if constexpr (kHere) {
-    const EpilogueVectors k(e);
+    const __m512 out_scale = _mm512_set1_ps(e.out_scale);
+    const __m512i out_zero = _mm512_set1_epi32(e.out_zero);
+    const __m128i low = _mm_set1_epi8(e.low_code), high = _mm_set1_epi8(e.high_code);
     each([&](auto v) JAXRMILS_INLINE {
       const int64_t o = channel + v * kLanes;
       const __mmask16 some = existing(channels - v * kLanes);
       const __m512 scale = _mm512_loadu_ps(&e.scale[size_t(o)]);
       const __m512 offset = _mm512_loadu_ps(&e.offset[size_t(o)]);
-      int64_t to = row * e.channels + o;
-      each([&](auto i) JAXRMILS_INLINE {
-        finish_vector<Residual::kNone, Result::kCodesInInt32>(e, k, acc[i][v], scale, offset, to,
-                                                              some);
-        to += e.channels;
-      }, every_row);
+      int8_t* to = static_cast<int8_t*>(e.out) + row * e.channels + o;
+      // Four vectors step by step: one after the other, their operations would wait for each
+      // other where the processor can look at a few only.
+      each([&](auto group) JAXRMILS_INLINE {
+        constexpr int i = 4 * group, n = kRows - i < 4 ? kRows - i : 4;
+        constexpr Numbers<n> in_group;
+        __m512 y[n];
+        __m512i steps[n];
+        __m128i codes[n];
+        each([&](auto r) JAXRMILS_INLINE { y[r] = _mm512_cvtepi32_ps(acc[i + r][v]); }, in_group);
+        each([&](auto r) JAXRMILS_INLINE { y[r] = _mm512_mul_ps(y[r], scale); }, in_group);
+        each([&](auto r) JAXRMILS_INLINE { y[r] = _mm512_add_ps(y[r], offset); }, in_group);
+        each([&](auto r) JAXRMILS_INLINE { y[r] = _mm512_div_ps(y[r], out_scale); }, in_group);
+        each([&](auto r) JAXRMILS_INLINE { steps[r] = _mm512_cvtps_epi32(y[r]); }, in_group);
+        each([&](auto r) JAXRMILS_INLINE {
+          codes[r] = _mm512_cvtsepi32_epi8(_mm512_add_epi32(steps[r], out_zero));
+        }, in_group);
+        each([&](auto r) JAXRMILS_INLINE {
+          store_codes(to, some, _mm_min_epi8(_mm_max_epi8(codes[r], low), high));
+          to += e.channels;
+        }, in_group);
+      }, Numbers<(kRows + 3) / 4>());
     }, every_panel);
   } else {
     each([&](auto i) JAXRMILS_INLINE {
