@@ -23,6 +23,7 @@ from jaxrmils.graph import Graph, Site, SiteCall, compat, interpret
 from jaxrmils.graph.program import Call, Program, SiteStep
 from jaxrmils.graph.reads import MAX_POOL
 from jaxrmils.lowering.integer_dot import BACKENDS
+from jaxrmils.lowering.kernel_forms import is_depthwise, why_no_kernel
 from jaxrmils.lowering.max_pool import run_max_pool
 from jaxrmils.lowering.native import kernels
 from jaxrmils.lowering.pending_product import Dequantized, Product, Tail, codes_of
@@ -35,10 +36,6 @@ from jaxrmils.lowering.quantized_model import (
 from jaxrmils.lowering.sites import LoweringError, integer_kernel
 from jaxrmils.numerics import QTensor, QuantParams
 from jaxrmils.policies import roundings_by_site
-from jaxrmils.policies.formats import FLOAT_BITS
-
-_NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
-"""`lax.ConvDimensionNumbers` of NHWC, HWIO, NHWC."""
 
 
 @functools.partial(
@@ -181,7 +178,7 @@ def native(model: QuantizedModel) -> NativeModel:
     reasons = {
         site.name: reason
         for site, eqn in zip(graph.sites, graph.traced.eqns, strict=True)
-        if (reason := _reason(model, site, eqn)) is not None
+        if (reason := why_no_kernel(model, site, eqn)) is not None
     }
     weights = {}
     for name, weight in params.weights.items():
@@ -229,59 +226,6 @@ def _outside(program: Program) -> set[int]:
     return found
 
 
-def _reason(model: QuantizedModel, site: Site, eqn: compat.JaxprEqn) -> str | None:
-    """Why a site has no native kernel; None if it has one."""
-    layer = model.plan.layers[site.layer]
-    if site.weight is None:
-        return "a product of two activations"
-    if site.kind == "gather":
-        return "a lookup"
-    if layer.activation_bits == FLOAT_BITS or layer.weight_bits == FLOAT_BITS:
-        return "not in integers" if layer.weight_bits == FLOAT_BITS else "float activations"
-    if layer.dynamic and site.kind == "dot":
-        return "grids made at run time"
-    if site.loops:
-        return "inside a scan"
-    if compat.abstract(eqn.outvars[0]).dtype != jnp.float32:
-        return f"{compat.abstract(eqn.outvars[0]).dtype} results"
-    grid = model.params.grids[site.name][0]
-    if grid.scale.size != 1:
-        return "several grids for one input"
-    return _conv_reason(eqn) if site.kind == "conv" else _dot_reason(site, eqn)
-
-
-def _conv_reason(eqn: compat.JaxprEqn) -> str | None:
-    params = eqn.params
-    channels, features = _features(eqn)
-    if tuple(params["dimension_numbers"]) != _NHWC:
-        return "not a 2-D convolution in NHWC"
-    if set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1:
-        return "a dilated input or groups of the batch"
-    if params["feature_group_count"] not in (1, channels):
-        return "groups of channels"
-    if params["feature_group_count"] == channels != 1 and features != channels:
-        return "a depthwise convolution with several features for a channel"
-    if any(p < 0 for pair in params["padding"] for p in pair):
-        return "negative padding"
-    return None
-
-
-def _features(eqn: compat.JaxprEqn) -> tuple[int, int]:
-    """Channels of a convolution's input and of its output, in NHWC."""
-    return compat.abstract(eqn.invars[0]).shape[-1], compat.abstract(eqn.outvars[0]).shape[-1]
-
-
-def _dot_reason(site: Site, eqn: compat.JaxprEqn) -> str | None:
-    assert site.weight is not None
-    (lhs, _), (batch, _) = eqn.params["dimension_numbers"]
-    rank = len(compat.abstract(eqn.invars[0]).shape)
-    if site.weight.operand != 1 or batch:
-        return "the weight comes first, or dims are batched"
-    if tuple(lhs) != tuple(range(rank - len(lhs), rank)):
-        return "other dims than the last are contracted"
-    return None
-
-
 def _packed(graph: Graph, site: Site, weight: QuantizedWeight) -> tuple[Any, Any, Any]:
     """A site's packed codes, and the scales and sums of its channels."""
     assert site.weight is not None
@@ -291,8 +235,8 @@ def _packed(graph: Graph, site: Site, weight: QuantizedWeight) -> tuple[Any, Any
     codes, eqn = tensor.codes(), graph.traced.eqns[graph.sites.index(site)]
     if site.kind == "conv":
         scale = tensor.scale.reshape(-1)
-        is_depthwise = _is_depthwise(eqn)
-        packed = kernels.pack_depthwise(codes) if is_depthwise else kernels.pack_conv(codes)
+        pack = kernels.pack_depthwise if is_depthwise(eqn) else kernels.pack_conv
+        packed = pack(codes)
         features = codes.shape[-1]
     else:
         (_, contracted), _ = eqn.params["dimension_numbers"]
@@ -307,11 +251,6 @@ def _packed(graph: Graph, site: Site, weight: QuantizedWeight) -> tuple[Any, Any
         scale = jnp.broadcast_to(kept, shape).reshape(-1)
     scale = jnp.broadcast_to(scale.astype(jnp.float32), (features,))
     return packed, scale, jnp.asarray(weight.sums[site.name]).reshape(-1)
-
-
-def _is_depthwise(eqn: compat.JaxprEqn) -> bool:
-    channels, _ = _features(eqn)
-    return eqn.params["feature_group_count"] == channels != 1
 
 
 def _handler(
@@ -351,7 +290,7 @@ def _product(
     shape = _output_shape(call, codes)
     channels = sums.shape[0]
 
-    def emit(tail: Tail, out: QuantParams | None) -> Any:
+    def emit(tail: Tail, grid: QuantParams | None) -> Any:
         by_channel = vectors.get(name) or Vectors(tail.scale, tail.offset, -zero * sums)
         made.append(by_channel)
         residual, residual_grid = tail.residual, tail.residual_grid
@@ -363,13 +302,13 @@ def _product(
             residual_grid=None if residual_grid is None else _pair(residual_grid),
             low=tail.low,
             high=tail.high,
-            grid=None if out is None else _pair(out),
+            grid=None if grid is None else _pair(grid),
         )
         with jax.named_scope(site_scope(name)):
             if not is_conv:
                 flat = codes.reshape(-1, math.prod(codes.shape[-contracted:]))
                 return kernels.dot(flat, packed, epilogue).reshape(shape)
-            run = kernels.depthwise if _is_depthwise(call.eqn) else kernels.conv
+            run = kernels.depthwise if is_depthwise(call.eqn) else kernels.conv
             return run(
                 codes,
                 packed,

@@ -121,9 +121,9 @@ class Product(Coded):
             return self._with(_clamped(self.tail, bounds))
         if eqn.primitive.name not in _ARITHMETIC or len(inputs) != 2 or self.tail.is_clamped:
             return None
-        other = inputs[1 - position]
-        if other is None:
-            other = compat.literal_value(eqn.invars[1 - position])
+        other, atom = inputs[1 - position], eqn.invars[1 - position]
+        if isinstance(atom, compat.Literal):
+            other = compat.literal_value(atom)
         if other is self:
             return None
         by_channel = None if isinstance(other, Pending) else self._by_channel(other)
@@ -132,7 +132,8 @@ class Product(Coded):
                 return None
             tail = _ARITHMETIC[eqn.primitive.name](self.tail, by_channel, position)
             return None if tail is None else self._with(tail)
-        if eqn.primitive.name == "add" and self.tail.is_linear and other.shape == self.shape:
+        same = tuple(compat.abstract(atom).shape) == self.shape
+        if eqn.primitive.name == "add" and self.tail.is_linear and same:
             return self._with(_with_residual(self.tail, other))
         return None
 

@@ -42,6 +42,7 @@ Formulation = Literal[
     "s8 conv in float32",
     "shifted products",
     "float dot",
+    "fused kernel",
 ]
 
 STEM_CHANNELS = 4
@@ -57,7 +58,7 @@ class Row:
     """One decision.
 
     Attributes:
-      backend: "cpu", "cuda" or "tpu".
+      backend: "cpu", "cuda" or "tpu"; "native" for kernels of our own on CPU.
       operation: what is to be computed.
       formats: the formats that it holds for.
       formulation: how it is written.
@@ -326,6 +327,31 @@ TABLE: tuple[Row, ...] = (
         "a quarter of its weights' bytes to read",
     ),
 )
+
+
+_FUSED: tuple[tuple[Operation, str, str], ...] = (
+    ("dot", "SPEED", "sums are finished in registers and written once, as codes"),
+    ("one row", "SPEED", "bound by reading the weights"),
+    ("one column", "SPEED", "as any dot"),
+    ("conv", "SPEED", "rows of the input are laid out as a dot needs them, a tile at a time"),
+    ("stem", "SPEED", "a row of the kernel and its channels are one run of products"),
+    ("depthwise", "SPEED", "taps side by side, four products to an instruction"),
+)
+NATIVE: tuple[Row, ...] = tuple(
+    Row("native", operation, INTEGER, "fused kernel", speed, reason)
+    for operation, speed, reason in _FUSED
+)
+"""What `native` has kernels for; everything else runs as on "cpu". Products of two activations and
+grids of rows are not among them."""
+
+
+def has_kernel(operation: str, format_: str) -> bool:
+    """Whether `native` has a kernel of its own.
+
+    >>> has_kernel("depthwise", "w8a8"), has_kernel("grouped", "w8a8"), has_kernel("dot", "w8")
+    (True, False, False)
+    """
+    return any(row.operation == operation and format_ in row.formats for row in NATIVE)
 
 
 def row_of(backend: str, operation: str, format_: str) -> Row:

@@ -14,6 +14,7 @@ from jaxrmils.lowering.table import (
     DYNAMIC,
     GROUPED,
     INTEGER,
+    NATIVE,
     TABLE,
     WEIGHTS,
     conv_operation,
@@ -46,7 +47,7 @@ def test_one_row_for_every_case():
 
 def test_the_page_shows_every_row():
     page = (Path(__file__).parents[2] / "docs" / "lowering.md").read_text()
-    for row in TABLE:
+    for row in (*TABLE, *NATIVE):
         cells = (row.operation, ", ".join(row.formats), row.formulation, row.speed, row.reason)
         assert f"| {' | '.join(cells)} |" in page
 
