@@ -130,6 +130,8 @@ def _check_budget(policy: Any, table: ModelTable) -> None:
     """Solves the budget with costs of 0: whether there is a plan does not depend on the scores."""
     limits, settings = limits_of(policy), budget_settings(policy)
     check_refinable(policy)
+    if limits.latency is not None:
+        check_has_latency("config field policy.limits.latency", settings)
     if not limits.given():
         raise ConfigError(
             "config field policy.name is 'budget', but nothing is limited; set one or more of "
@@ -145,6 +147,17 @@ def _check_budget(policy: Any, table: ModelTable) -> None:
     }
     rules: dict[str, Any] = {n: value for n, value in settings.items() if n in RULES}
     solve(table, Costs("none", "nats", plans), limits, **rules)
+
+
+def check_has_latency(what: str, settings: Settings) -> None:
+    """ConfigError for a limit of seconds where no table says what layers take."""
+    if settings.get("latency") is None:
+        raise ConfigError(
+            f"{what} limits seconds, but there is no table of what layers take. `jaxrmils profile "
+            "RUN` measures one on this machine, `jaxrmils aot RUN --target tpu:v5e --latency FILE` "
+            "estimates one; give it as --config.policy.latency_table=RUN/latency.json (or, for "
+            "pareto, --latency RUN/latency.json)"
+        )
 
 
 def check_refinable(policy: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import json
 import os
 import sys
@@ -82,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = subparsers.add_parser(
             name,
             help=help_,
-            description=build.__doc__,
+            description=inspect.cleandoc(build.__doc__ or ""),
             epilog=_EXIT_CODES
             if name in ("report", "compare", "recommend")
             else _OVERRIDES + "\n" + _EXIT_CODES,

@@ -18,7 +18,8 @@ from jaxrmils.evaluation.page.pareto_page import statements
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Picks three plans from RUN/pareto/, with a sentence each on why: quality, the smallest plan
     shown to be as good as float; compact, the smallest shown to be within a tolerance; and balanced
-    between the two. "Shown" means that the upper end of the interval is within the bound.
+    between the two. "Shown" means that the upper end of the interval is within the bound; of plans
+    that were not measured, it is predicted at most.
 
       jaxrmils recommend runs/mnist
       jaxrmils recommend runs/mnist --margin 0.01 --tolerance 0.05

@@ -22,7 +22,13 @@ from jaxrmils.cli.batch_sizes import (
     with_batch_size,
     with_recorded_size,
 )
-from jaxrmils.cli.checks import budget_settings, check_refinable, refinement_rounds
+from jaxrmils.cli.checks import (
+    budget_settings,
+    check_has_latency,
+    check_refinable,
+    limits_of,
+    refinement_rounds,
+)
 from jaxrmils.cli.config import ConfigError, apply_overrides
 from jaxrmils.cli.costs import costs_path, measured, save_run_costs, saved_costs
 from jaxrmils.cli.defaults import base_config
@@ -90,7 +96,12 @@ def load_saved(args: argparse.Namespace) -> SavedRun:
     groups = read_manifest(kept)["info"].get("groups")
     settings["clusters"] = groups["selection"] if groups else None
     run = SavedRun(folder, policy, scores, plan, settings)
-    return run if settings.get("latency") else _with_latency(run, args.along)
+    run = run if settings.get("latency") else _with_latency(run, args.along)
+    if args.along == "latency":
+        check_has_latency("--along latency", run.settings)
+    elif limits_of(policy).latency is not None:
+        check_has_latency("config field policy.limits.latency", run.settings)
+    return run
 
 
 def _with_latency(run: SavedRun, along: str) -> SavedRun:

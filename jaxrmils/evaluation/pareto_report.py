@@ -202,7 +202,9 @@ class ParetoReport:
           PlanError: not 0 < margin <= tolerance.
         """
         margin = self.margin if margin is None else margin
-        return recommend(self.points, margin=margin, tolerance=tolerance, unit=self.unit)
+        measured = self.held_out is not None
+        options = {"margin": margin, "tolerance": tolerance, "unit": self.unit}
+        return recommend(self.points, **options, measured=measured)
 
 
 def contenders(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ def recommend(
     tolerance: float | None = None,
     float_loss: float | None = None,
     unit: str = "nats",
+    measured: bool = True,
 ) -> Recommendation[P]:
     """Picks three plans by size and loss change.
 
@@ -116,6 +118,8 @@ def recommend(
       tolerance: a loss change that is accepted; by default four margins.
       float_loss: the float model's mean loss, for the default margin.
       unit: of the loss.
+      measured: False for points that are predicted: nothing is shown of them, and the sentences
+        say so.
 
     Returns:
       The picks.
@@ -151,23 +155,24 @@ def recommend(
     quality, is_good = _smallest(points, margin)
     compact, is_close = _smallest(points, tolerance)
     balanced = _knee(points, quality, compact, tolerance)
+    words = functools.partial(_bound_words, unit=unit, measured=measured)
     return Recommendation(
         Pick(
             quality,
             points[quality],
-            _bound_words(points[quality], "as good as float", "margin", margin, is_good, unit),
+            words(points[quality], "as good as float", "margin", margin, is_good),
             is_good,
         ),
         Pick(
             balanced,
             points[balanced],
-            _balanced_words(points, balanced, quality, compact, unit),
+            _balanced_words(points, balanced, quality, compact, unit, measured),
             is_close,
         ),
         Pick(
             compact,
             points[compact],
-            _bound_words(points[compact], "close to float", "tolerance", tolerance, is_close, unit),
+            words(points[compact], "close to float", "tolerance", tolerance, is_close),
             is_close,
         ),
     )
@@ -211,36 +216,49 @@ def _knee(points: Sequence[Judged], start: int, end: int, tolerance: float) -> i
 
 
 def _bound_words(
-    point: Judged, aim: str, name: str, bound: float, qualifies: bool, unit: str
+    point: Judged,
+    aim: str,
+    name: str,
+    bound: float,
+    qualifies: bool,
+    *,
+    unit: str,
+    measured: bool,
 ) -> str:
     size, change = format_size(8 * point.size_bytes), _change(point, unit)
+    known = "shown" if measured else "predicted"
     if qualifies:
         return (
-            f"{size}: the smallest plan shown to be {aim}; its loss changes by {change}, and the "
-            f"upper end is within the {name} of {bound:.3g}."
+            f"{size}: the smallest plan {known} to be {aim}; its loss {_moves(measured)} by "
+            f"{change}, and the upper end is within the {name} of {bound:.3g}."
         )
+    what = "loss change" if measured else "predicted loss change"
     return (
-        f"{size}: no plan is shown to be {aim}, since every interval reaches beyond the {name} of "
-        f"{bound:.3g}; this one reaches least far, with a loss change of {change}."
+        f"{size}: no plan is {known} to be {aim}, since every interval reaches beyond the {name} "
+        f"of {bound:.3g}; this one reaches least far, with a {what} of {change}."
     )
 
 
+def _moves(measured: bool) -> str:
+    return "changes" if measured else "is predicted to change"
+
+
 def _balanced_words(
-    points: Sequence[Judged], chosen: int, quality: int, compact: int, unit: str
+    points: Sequence[Judged], chosen: int, quality: int, compact: int, unit: str, measured: bool
 ) -> str:
     point = points[chosen]
     size, change = format_size(8 * point.size_bytes), _change(point, unit)
     if chosen == quality:
         return (
             f"{size}: the same as for quality, since no plan between that and the compact one "
-            f"saves more than its share of the loss; the loss changes by {change}."
+            f"saves more than its share of the loss; the loss {_moves(measured)} by {change}."
         )
     large, small = points[quality], points[compact]
     saved = (large.size_bytes - point.size_bytes) / (large.size_bytes - small.size_bytes)
     paid = (point.change - large.change) / (small.change - large.change)
     return (
         f"{size}: saves {saved:.0%} of the bytes between the quality and the compact plan for "
-        f"{paid:.0%} of the loss between them; the loss changes by {change}."
+        f"{paid:.0%} of the loss between them; the loss {_moves(measured)} by {change}."
     )
 
 

@@ -171,7 +171,8 @@ def test_the_pass_of_an_objective_counts_and_the_size_is_kept(folder, monkeypatc
         (["rounding=up"], "policy.rounding is 'up'; expected one of 'nearest', 'directed'"),
         (["capabilities=cuds"], "did you mean 'cuda'?"),
         (["groups=Dens"], "matches no layer; near matches: Dense_1/kernel"),
-        (["limits.latency=0.1"], "pass a LatencyTable"),
+        (["limits.latency=0.1"], "`jaxrmils profile RUN` measures one on this machine"),
+        (["limits.latency=0.1"], "give it as --config.policy.latency_table=RUN/latency.json"),
         (["name=file"], "policy.file is empty; give a plan"),
     ],
 )
@@ -271,6 +272,16 @@ def test_a_sweep_writes_plans_that_load_and_records_that_agree(swept):
     with (swept / "pareto" / "pareto.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["measured_mean"]) for row in rows] == [p.measured.mean for p in report.points]
+
+
+def test_a_sweep_along_latency_needs_times(run, capsys):
+    assert main(["pareto", str(run), "--along", "latency", "--no-verify"]) == USAGE
+    words = said(capsys)
+    assert "--along latency limits seconds" in words and "`jaxrmils profile RUN`" in words
+    assert "--latency RUN/latency.json" in words
+    limited = ["--config.policy.limits.latency=0.1", "--no-verify"]
+    assert main(["pareto", str(run), *limited]) == USAGE
+    assert "policy.limits.latency limits seconds" in said(capsys)
 
 
 def test_a_sweep_without_the_model_says_that_nothing_was_measured(run, tmp_path, capsys):
@@ -406,7 +417,7 @@ def test_damaged_sweeps_say_what_is_wrong(copied, capsys, damage, message):
         (["--count", "0"], USAGE, "--count is 0; expected 1 or more"),
         (["--values", "0.2;0.3"], USAGE, "expected numbers separated by commas"),
         (["--no-verify", "--values", "0.01"], USAGE, "can't go below 0.26"),
-        (["--no-verify", "--along", "latency"], USAGE, "needs a table of seconds"),
+        (["--no-verify", "--along", "latency"], USAGE, "--along latency limits seconds, but there is no table"),
         (["--config.policy.refine=2", "--objective=signed"], USAGE, "never negative"),
         (["--no-verify", "--config.seed=1"], USAGE, "which --no-verify leaves alone"),
         (["--config.policy.objectiv=signed"], USAGE, "did you mean policy.objective"),

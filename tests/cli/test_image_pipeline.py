@@ -160,4 +160,4 @@ def test_help_names_the_tasks(capsys):
     assert main(["quantize", "--help"]) == OK
     out = capsys.readouterr().out
     for task in pipeline.TASKS:
-        assert f"\n      {task} " in out
+        assert f"\n  {task} " in out

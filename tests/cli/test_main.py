@@ -254,6 +254,13 @@ def test_help_teaches(command, capsys):
     assert "exit codes" in out and "usage: jaxrmils" in out
 
 
+def test_help_is_not_indented_after_its_first_line(capsys):
+    for command in ("quantize", "pareto", "profile"):
+        assert main([command, "--help"]) == OK
+        lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
+        assert len(lines) > 2 and not any(line.startswith(" ") for line in lines)
+
+
 def test_controls_and_attribution_can_be_left_out(folder):
     out = f"{folder}/bare"
     arguments = ["quantize", "--config", f"{folder}/config.py", "--out", out]

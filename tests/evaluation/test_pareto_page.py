@@ -179,6 +179,8 @@ def test_the_page_has_what_was_measured(report, predicted):
     assert "held-out confirmation split (60 examples)" in words
     assert "select again" in words and "select again" not in unmeasured
     assert "Nothing here was measured" in unmeasured and "Nothing here" not in words
+    assert " predicted to be" in unmeasured and " shown to be" not in unmeasured
+    assert " shown to be" in words
     for point in report.points:
         assert point.file in words and f"{point.measured.mean:+.5f}" in words
     names = [
@@ -189,6 +191,26 @@ def test_the_page_has_what_was_measured(report, predicted):
         "compact",
         "quality",
     ]
+
+
+def test_every_metric_has_a_chart(report):
+    def both(point):
+        (accuracy,) = point.metrics
+        f1 = dataclasses.replace(accuracy, name="F1", change=-0.125, lower=-0.25, upper=0.0)
+        return dataclasses.replace(point, metrics=(accuracy, f1))
+
+    held_out = dataclasses.replace(report.held_out, metrics={"accuracy": 1.0, "F1": 0.9})
+    points = tuple(map(both, report.points))
+    page = Page(pareto_page(dataclasses.replace(report, points=points, held_out=held_out)))
+    metrics = [f"{key}-metric{end}" for key in ("size", "work") for end in ("", "-2")]
+    assert page.sections == ["size", *metrics[:2], "work", *metrics[2:], "plans", "made"]
+    assert "Change of F1 against size" in page.words("h2")
+    labels = [chart.attrib.get("aria-label", "") for chart in page.charts]
+    start = "held-out change of F1 in points against size"
+    (chart,) = (label for label in labels if label.startswith(start))
+    assert chart.count("-12.5 [-25, +0]") == len(points)
+    assert_self_contained(page)
+    assert_accessible(page)
 
 
 def test_marks_lie_where_the_numbers_say(report):

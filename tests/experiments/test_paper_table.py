@@ -8,6 +8,8 @@ import paper_rows
 import paper_table
 import pytest
 
+from jaxrmils.cli.config import load_config
+
 TASK = Path(__file__).parents[1] / "cli" / "tiny_task.py"
 CONFIG = f"""
 from jaxrmils.cli.defaults import base_config
@@ -121,3 +123,22 @@ def test_examples_tested_twice_count_once():
 
     same, other = bound(list(range(100))), bound(list(range(100, 200)))
     assert same > other > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cifar_resnet20", "ResNet-18 on ImageNet: float 69.77"),
+        ("resnet18_imagenet", "ResNet-18 on ImageNet: float 69.77"),
+        ("imagenet_efficientnet_lite0", "MobileNetV2: float 71.89"),
+        ("mobilenet_v2_imagenet", "MobileNetV2: float 71.89"),
+        ("bert_base_squad", "BERT-base on SQuAD"),
+        ("bert_minilm_squad", "BERT-base on SQuAD"),
+        ("bert_minilm_banking77", ""),
+        ("mnist_cnn", ""),
+    ],
+)
+def test_what_is_published_of_a_task(name, words):
+    config = load_config(Path(__file__).parents[2] / "configs" / f"{name}.py")
+    found = paper_rows.published(config)
+    assert found.startswith(words) and bool(found) == bool(words)

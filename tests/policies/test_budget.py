@@ -289,7 +289,8 @@ def test_capabilities():
     assert plan.counts() == {"w8a8": 2} and plan.policy["capabilities"] == ["w8a8"]
     assert set().union(*CAPABILITIES.values()) <= set(FORMATS)
     for options, message in (
-        ({"capabilities": "gpu"}, "unknown backend 'gpu'"),
+        ({"capabilities": "gpu"}, r"unknown backend 'gpu'"),
+        ({"capabilities": "npu-9"}, r"unknown backend 'npu-9'\. Capabilities are known for cpu"),
         ({"capabilities": ["int3"]}, "unknown format 'int3'"),
         ({"capabilities": "cpu", "formats": ["w4a4"]}, "none besides float"),
         ({"capabilities": "cpu", "force": {"a": "w4a4"}}, "forced to w4a4"),
@@ -372,6 +373,8 @@ def test_limits_that_make_no_sense(limits, message):
 
 def test_limits_by_name():
     assert Limits.named({"size_share": 0.5}) == Limits(size_share=0.5)
+    with pytest.raises(PlanError, match=r"unknown limit 'x'\. Limits: size_bytes"):
+        Limits.named({"x": 1.0})
     with pytest.raises(PlanError, match="unknown limit 'sizeshare'; did you mean size_share"):
         Limits.named({"sizeshare": 0.5})
 

@@ -41,6 +41,18 @@ def test_the_sentences_hold_the_numbers():
     assert all(p.reason.count("\n") == 0 for p in (found.quality, found.balanced, found.compact))
 
 
+def test_predictions_are_not_shown_to_be_anything():
+    points = [point(6e6, 0.001), point(4e6, 0.006), point(3e6, 0.015)]
+    found = recommend(points, measured=False)
+    start = "6.00 MB: the smallest plan predicted to be as good as float; its loss is predicted to"
+    assert found.quality.reason.startswith(start)
+    words = [pick.reason for pick in (found.quality, found.balanced, found.compact)]
+    words.append(recommend([point(5, 0.9)], measured=False).quality.reason)
+    words.append(recommend([point(5, 0.001)], measured=False).balanced.reason)
+    assert all("predicted" in each and "shown" not in each for each in words)
+    assert "no plan is predicted to be as good as float" in words[3]
+
+
 def test_a_wide_interval_is_no_evidence():
     # The interval of the small plan holds 0, and the margin's tenfold.
     points = [point(5, 0.001), point(2, 0.001, error=0.05)]

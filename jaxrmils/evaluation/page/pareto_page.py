@@ -20,23 +20,13 @@ def pareto_page(report: ParetoReport) -> str:
       report: the sweep, measured or predicted.
 
     Returns:
-      The page: three picks, loss change and the first metric against size and against latency (or
-      bit operations where no latency is known), and every number in a table.
+      The page: three picks, loss change and every metric against size and against latency (or bit
+      operations where no latency is known), and every number in a table.
     """
     work = next((name for name in _WORK if all(name in p.used for p in report.points)), "")
-    metric = next(iter(report.held_out.metrics), "") if report.held_out else ""
-    sections: list[Section] = [
-        ("size", "Loss change against size", loss_chart(report, "size_bytes"))
-    ]
-    if metric:
-        chart = metric_chart(report, "size_bytes", metric)
-        sections.append(("size-metric", f"Change of {metric} against size", chart))
+    sections = _charts(report, "size", "size_bytes", "size")
     if work:
-        title = f"Loss change against {_WORK[work]}"
-        sections.append(("work", title, loss_chart(report, work)))
-    if work and metric:
-        chart = metric_chart(report, work, metric)
-        sections.append(("work-metric", f"Change of {metric} against {_WORK[work]}", chart))
+        sections += _charts(report, "work", work, _WORK[work])
     sections += [
         ("plans", "Every plan in numbers", _table(report)),
         ("made", "How it was made", _provenance(report)),
@@ -44,6 +34,16 @@ def pareto_page(report: ParetoReport) -> str:
     head = join(tiles(_tiles(report)), notes(statements(report)))
     subtitle = f"{report.task} · {len(report.points)} plans · objective {report.objective}"
     return document("Budgets and what they cost", subtitle, head, sections)
+
+
+def _charts(report: ParetoReport, key: str, across: str, words: str) -> list[Section]:
+    """Loss change and every metric against one of the things that plans use."""
+    sections: list[Section] = [(key, f"Loss change against {words}", loss_chart(report, across))]
+    for number, name in enumerate(report.held_out.metrics if report.held_out else ()):
+        place = f"{key}-metric" + (f"-{number + 1}" if number else "")
+        chart = metric_chart(report, across, name)
+        sections.append((place, f"Change of {name} against {words}", chart))
+    return sections
 
 
 def statements(report: ParetoReport) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ class Rules:
         if isinstance(self.capabilities, str):
             if self.capabilities not in CAPABILITIES:
                 near = difflib.get_close_matches(self.capabilities, CAPABILITIES, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = f"; did you mean {near[0]}?" if near else "."
                 raise PlanError(
                     f"unknown backend {self.capabilities!r}{hint} Capabilities are known for "
                     f"{', '.join(CAPABILITIES)}; or pass the allowed formats"

@@ -71,7 +71,7 @@ class Limits:
         for name in limits:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=2)
-                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                hint = f"; did you mean {' or '.join(near)}?" if near else "."
                 raise PlanError(f"unknown limit {name!r}{hint} Limits: {', '.join(known)}")
         return cls(**limits)
 
