@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -19,7 +20,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jaxlib
 
 from jaxrmils.lowering.sites import LoweringError
 
@@ -134,7 +134,13 @@ def load() -> ctypes.CDLL:
 
 def _key(compiler: list[str], flags: list[str]) -> str:
     """A digest of all that the library depends on."""
-    parts = [*compiler, _run([*compiler, "--version"]), *flags, jaxlib.__version__, _processor()]
+    parts = [
+        *compiler,
+        _run([*compiler, "--version"]),
+        *flags,
+        importlib.metadata.version("jaxlib"),
+        _processor(),
+    ]
     digest = hashlib.sha256("\0".join(parts).encode())
     for path in sources():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
