@@ -238,13 +238,35 @@ def test_codes_saturate(value, scale):
 
 
 @needs_kernels
-def test_under_vmap_as_one_by_one():
+@pytest.mark.parametrize("residual", ["none", "codes"])
+def test_a_batch_is_one_longer_input(residual):
     rng = np.random.default_rng(0)
     x = jnp.asarray(random_codes(rng, (3, 2, 5, 5, 8)))
     w = pack_conv(jnp.asarray(random_codes(rng, (3, 3, 8, 20))))
-    e = random_epilogue(rng, (2, 5, 5, 20), residual="codes", clamp="both", codes=True, spread=9000)
-    run = lambda x: conv(x, w, e, x_zero=jnp.int32(3), **SAME)  # noqa: E731
-    assert_same(jax.jit(jax.vmap(run))(x), np.stack([run(each) for each in x]))
+    e = random_epilogue(
+        rng, (2, 5, 5, 20), residual=residual, clamp="both", codes=True, spread=9000
+    )
+    run = lambda x, e: conv(x, w, e, x_zero=jnp.int32(3), **SAME)  # noqa: E731
+    batched = jax.jit(jax.vmap(run, (0, None)))
+    assert_same(batched(x, e), np.stack([run(each, e) for each in x]))
+    assert "while" not in str(jax.make_jaxpr(batched)(x, e))
+    if residual == "codes":
+        more = jnp.asarray(random_codes(rng, (3, 2, 5, 5, 20)))
+        both = lambda x, r: run(x, dataclasses.replace(e, residual=r))  # noqa: E731
+        expected = np.stack([both(*each) for each in zip(x, more, strict=True)])
+        assert_same(jax.vmap(both)(x, more), expected)
+        assert_same(jax.vmap(both, (None, 0))(x[0], more)[0], expected[0])
+
+
+@needs_kernels
+def test_batches_of_other_operands_run_one_by_one():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(random_codes(rng, (3, 4, 9)))
+    w = jax.vmap(pack_dot)(jnp.asarray(random_codes(rng, (3, 9, 20))))
+    e = random_epilogue(rng, (4, 20), residual="none", clamp="none", codes=False, spread=9000)
+    actual = jax.vmap(lambda x, w: dot(x, w, e))(x, w)
+    each = [dot(x[i], jax.tree.map(lambda leaf: leaf[i], w), e) for i in range(3)]  # noqa: B023
+    assert_same(actual, np.stack(each))
 
 
 @needs_kernels
@@ -324,6 +346,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
 PORTABLE = """
 import numpy as np, test_native as t
 assert t.REASON is None, t.REASON
+assert t.kernels.instructions() == "portable"
 for seed in range(4):
     choices = {"residual": ("none", "float32", "codes", "none")[seed], "clamp": "both",
                "codes": seed < 3}
@@ -336,7 +359,7 @@ for seed in range(4):
 @needs_kernels
 def test_kernels_without_vector_instructions():
     """In a process of their own: a target is registered once."""
-    env = {**os.environ, "CXXFLAGS": "-DJAXRMILS_PORTABLE", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "CXXFLAGS": "-DJAXRMILS_PORTABLE -O1", "JAX_PLATFORMS": "cpu"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run([sys.executable, "-c", PORTABLE], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -134,13 +134,8 @@ def load() -> ctypes.CDLL:
 
 def _key(compiler: list[str], flags: list[str]) -> str:
     """A digest of all that the library depends on."""
-    parts = [
-        *compiler,
-        _run([*compiler, "--version"]),
-        *flags,
-        importlib.metadata.version("jaxlib"),
-        _processor(),
-    ]
+    versions = [_run([*compiler, "--version"]), importlib.metadata.version("jaxlib")]
+    parts = [*compiler, *versions, *flags, _processor()]
     digest = hashlib.sha256("\0".join(parts).encode())
     for path in sources():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -132,28 +132,38 @@ struct DepthwiseBlock {
   void collect(int64_t oh, int64_t used_rows, int64_t first, int64_t columns) {
     const Window& g = part.g;
     const Int sign = V::bytes(char(0x80)), fill = V::bytes(char(uint8_t(part.zero) ^ 0x80));
-    const Int padding = V::bytes(char(part.zero));
     const int64_t low = std::clamp<int64_t>(g.left - first, 0, columns);
     const int64_t high = std::clamp<int64_t>(g.width + g.left - first, low, columns);
+    const int64_t step = part.w.quads * 4;
+    alignas(64) int8_t padding[kWidth];
+    std::memset(padding, part.zero, sizeof(padding));
     for (int64_t q = 0; q < part.w.quads; ++q) {
       const int8_t* row[kQuad];
-      bool inside[kQuad];
+      int64_t pitch[kQuad];
       for (int i = 0; i < kQuad; ++i) {
         const int64_t ih = oh * g.stride_h - g.top + (kQuad * q + i) * g.dilation_h;
-        inside[i] = kQuad * q + i < used_rows && ih >= 0 && ih < g.height;
-        row[i] = part.image + (inside[i] ? (ih * g.width + first - g.left) * g.channels : 0);
-        row[i] += channel;
-      }
-      Int* to = quads + q * 4;
-      const int64_t step = part.w.quads * 4;
-      for (int64_t i = 0; i < columns; ++i) {
-        if (i < low || i >= high) {
-          for (int j = 0; j < 4; ++j) to[i * step + j] = fill;
+        const bool inside = ih >= 0 && ih < g.height;
+        if (kQuad * q + i >= used_rows) {
+          row[i] = row[0];
+          pitch[i] = pitch[0];
+        } else if (inside) {
+          row[i] = part.image + (ih * g.width + first - g.left) * g.channels + channel;
+          pitch[i] = g.channels;
+        } else {
+          row[i] = padding;
+          pitch[i] = 0;
         }
       }
+      Int* to = quads + q * 4;
+      const auto pad = [&](int64_t from, int64_t end) {
+        for (int64_t i = from; i < end; ++i) {
+          for (int j = 0; j < 4; ++j) to[i * step + j] = fill;
+        }
+      };
       const auto run = [&](auto load) {
         for (int64_t i = low; i < high; ++i) {
-          const Int a = load(0, i), b = load(1, i), c = load(2, i), d = load(3, i);
+          const Int a = load(row[0] + i * pitch[0]), b = load(row[1] + i * pitch[1]);
+          const Int c = load(row[2] + i * pitch[2]), d = load(row[3] + i * pitch[3]);
           const Int ab = V::low8(a, b), AB = V::high8(a, b);
           const Int cd = V::low8(c, d), CD = V::high8(c, d);
           to[i * step + 0] = V::low16(ab, cd) ^ sign;
@@ -162,54 +172,44 @@ struct DepthwiseBlock {
           to[i * step + 3] = V::high16(AB, CD) ^ sign;
         }
       };
-      const bool all = inside[0] && inside[1] && inside[2] && inside[3];
-      if (all && count == kWidth) {
-        run([&](int r, int64_t i) { return V::load(row[r] + i * g.channels); });
+      pad(0, low);
+      if (count == kWidth) {
+        run([](const int8_t* p) { return V::load(p); });
       } else {
-        run([&](int r, int64_t i) {
-          return inside[r] ? V::load_some(some, row[r] + i * g.channels) : padding;
-        });
+        run([this](const int8_t* p) { return V::load_some(some, p); });
       }
+      pad(high, columns);
     }
   }
 
   // `kTaps` vectors of weights times the quads of every output, results finished here or kept as
-  // sums. Any number of taps where kTaps is 0: weights are then read for two outputs at a time.
+  // sums. Where kTaps is 0, any number, which does not stay in registers. Two outputs at a time
+  // share what is read of weights and channels.
   template <int kTaps, bool kHere>
   void multiply(const Int* w, int64_t pixel, int64_t first, int64_t outputs) const {
     const int64_t steps = part.w.quads * 4;
     const int64_t across = part.g.dilation_w * steps, next = part.g.stride_w * steps;
+    const int64_t pitch = part.e.channels;
     const Codes codes(part.e);
-    int8_t* out =
-        static_cast<int8_t*>(part.e.out) + (pixel + first) * part.e.channels + channel;
-    const auto finish_one = [&](const Int(&acc)[4], int64_t i) {
-      if constexpr (kHere) {
-        write(codes, acc, out + i * part.e.channels);
-      } else {
-        keep(acc, sums + (first + i) * kWidth);
-      }
-    };
+    Int kept[kTaps > 0 ? 4 * kTaps : 1];
+    for (int t = 0; t < 4 * kTaps; ++t) kept[t] = w[t];
+    int8_t* out = static_cast<int8_t*>(part.e.out) + (pixel + first) * pitch + channel;
+    int32_t* to = sums + first * kWidth;
     const Int* x = quads;
-    int64_t i = 0;
-    if constexpr (kTaps > 0) {
-      Int kept[4 * kTaps];
-      for (int t = 0; t < 4 * kTaps; ++t) kept[t] = w[t];
-      for (; i < outputs; ++i, x += next) {
-        Int acc[4];
-        for (int j = 0; j < 4; ++j) acc[j] = V::load(correction + j * kFloats);
+    for (int64_t i = 0; i < outputs; i += 2, x += 2 * next, out += 2 * pitch, to += 2 * kWidth) {
+      // The second of a last pair without one is the first again.
+      const bool both = i + 1 < outputs;
+      const Int* pair = both ? x + next : x;
+      Int one[4], two[4];
+      for (int j = 0; j < 4; ++j) one[j] = two[j] = V::load(correction + j * kFloats);
+      if constexpr (kTaps > 0) {
         for (int t = 0; t < kTaps; ++t) {
           for (int j = 0; j < 4; ++j) {
-            acc[j] = V::sum(acc[j], x[t * across + j], kept[4 * t + j]);
+            one[j] = V::sum(one[j], x[t * across + j], kept[4 * t + j]);
+            two[j] = V::sum(two[j], pair[t * across + j], kept[4 * t + j]);
           }
         }
-        finish_one(acc, i);
-      }
-    } else {
-      // The second of a last pair without one is the first again.
-      for (; i < outputs; i += 2, x += 2 * next) {
-        const Int* pair = i + 1 < outputs ? x + next : x;
-        Int one[4], two[4];
-        for (int j = 0; j < 4; ++j) one[j] = two[j] = V::load(correction + j * kFloats);
+      } else {
         const Int* tap = w;
         for (int64_t q = 0; q < steps; q += 4) {
           for (int64_t t = 0, at = q; t < part.g.kernel_width; ++t, at += across, tap += 4) {
@@ -221,8 +221,12 @@ struct DepthwiseBlock {
             }
           }
         }
-        finish_one(one, i);
-        if (i + 1 < outputs) finish_one(two, i + 1);
+      }
+      if constexpr (kHere) {
+        write(codes, one, two, out, both ? out + pitch : out);
+      } else {
+        keep(one, to);
+        if (both) keep(two, to + kWidth);
       }
     }
   }
@@ -238,21 +242,31 @@ struct DepthwiseBlock {
   };
 
   // Sums to codes; see `finish_vector`.
-  void write(const Codes& k, const Int (&acc)[4], int8_t* out) const {
-    Float y[4];
+  void write(const Codes& k, const Int (&one)[4], const Int (&two)[4], int8_t* out,
+             int8_t* next) const {
+    Float y[4], z[4];
     for (int j = 0; j < 4; ++j) {
-      y[j] = V::mul(V::to_float(acc[j]), V::load_floats(scale + j * kFloats));
-      y[j] = V::add(y[j], V::load_floats(offset + j * kFloats));
-      y[j] = V::div(y[j], k.out_scale);
+      const Float factor = V::load_floats(scale + j * kFloats);
+      const Float added = V::load_floats(offset + j * kFloats);
+      y[j] = V::div(V::add(V::mul(V::to_float(one[j]), factor), added), k.out_scale);
+      z[j] = V::div(V::add(V::mul(V::to_float(two[j]), factor), added), k.out_scale);
     }
-    const Int first8 = V::pack32(V::to_int(y[0]), V::to_int(y[1]));
-    const Int last8 = V::pack32(V::to_int(y[2]), V::to_int(y[3]));
-    Int codes = V::pack16(V::add16(first8, k.out_zero), V::add16(last8, k.out_zero));
-    codes = V::min8(V::max8(codes, k.low), k.high);
+    store(next, packed(k, z));
+    store(out, packed(k, y));
+  }
+
+  static Int packed(const Codes& k, const Float (&y)[4]) {
+    const Int first = V::pack32(V::to_int(y[0]), V::to_int(y[1]));
+    const Int last = V::pack32(V::to_int(y[2]), V::to_int(y[3]));
+    const Int codes = V::pack16(V::add16(first, k.out_zero), V::add16(last, k.out_zero));
+    return V::min8(V::max8(codes, k.low), k.high);
+  }
+
+  void store(int8_t* to, Int codes) const {
     if (count == kWidth) {
-      V::store(out, codes);
+      V::store(to, codes);
     } else {
-      V::store_some(out, some, codes);
+      V::store_some(to, some, codes);
     }
   }
 

@@ -15,10 +15,11 @@ with half rounded to even, as `jaxrmils.numerics.quantize` makes them. Sums are 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,10 +48,14 @@ __all__ = [
     "conv",
     "depthwise",
     "dot",
+    "instructions",
     "pack_conv",
     "pack_depthwise",
     "pack_dot",
 ]
+
+# Operands between the input and the residual: weights, their sums, and the epilogue's vectors.
+_BEFORE_RESIDUAL = 5
 
 Grid = tuple[Float32[Array, ""], Int32[Array, ""]]
 
@@ -98,6 +103,17 @@ def available() -> str | None:
     except LoweringError as error:
         return str(error)
     return None
+
+
+def instructions() -> str:
+    """What the kernels were compiled for: "avx512_vnni", or "portable", which is slower.
+
+    Raises:
+        LoweringError: if they cannot be compiled.
+    """
+    name = build.load().jaxrmils_instructions
+    name.restype = ctypes.c_char_p
+    return name().decode()
 
 
 def conv(
@@ -257,13 +273,11 @@ def _call(
         dtype = jnp.float32 if epilogue.residual_grid is None else jnp.int8
         _check("epilogue.residual", residual, dtype, shape)
     operands = [
-        x,
         packed.values,
         packed.sums,
         epilogue.scale,
         epilogue.offset,
         epilogue.correction,
-        residual,
         *_grid("epilogue.residual_grid", epilogue.residual_grid),
         *_grid("epilogue.grid", epilogue.grid),
     ]
@@ -274,8 +288,47 @@ def _call(
     if 0 in shape:
         return jnp.zeros(result.shape, result.dtype)
     build.load()
-    call = jax.ffi.ffi_call(target, result, vmap_method="sequential")
-    return call(*operands, low=np.float32(epilogue.low), high=np.float32(epilogue.high), **window)
+    attributes = {"low": np.float32(epilogue.low), "high": np.float32(epilogue.high), **window}
+    return _batched(target, result, attributes)(x, residual, *operands)
+
+
+def _batched(
+    target: str, result: jax.ShapeDtypeStruct, attributes: dict[str, Any]
+) -> Callable[..., Array]:
+    """The kernel as a function of the input, the residual and its other operands.
+
+    Under `vmap` a batch of inputs is one longer input; where other operands have a batch too, they
+    are run one by one.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def run(x: Array, residual: Array, *others: Array) -> Array:
+        out = jax.ShapeDtypeStruct((x.shape[0], *result.shape[1:]), result.dtype)
+        operands = (x, *others[:_BEFORE_RESIDUAL], residual, *others[_BEFORE_RESIDUAL:])
+        return jax.ffi.ffi_call(target, out)(*operands, **attributes)
+
+    @run.def_vmap
+    def batch(size: int, batched: Sequence[bool], *operands: Array) -> tuple[Array, bool]:
+        if any(batched[2:]):
+            mapped = [value for value, has in zip(operands, batched, strict=True) if has]
+
+            def one(values: Sequence[Array]) -> Array:
+                rest = iter(values)
+                chosen = zip(operands, batched, strict=True)
+                return run(*(next(rest) if has else value for value, has in chosen))
+
+            return jax.lax.map(one, mapped), True
+        x, residual, *others = operands
+        if not batched[0]:
+            x = jnp.broadcast_to(x, (size, *x.shape))
+        if residual.size and not batched[1]:
+            residual = jnp.broadcast_to(residual, (size, *residual.shape))
+        if residual.size:
+            residual = residual.reshape(-1, *residual.shape[2:])
+        out = run(x.reshape(-1, *x.shape[2:]), residual, *others)
+        return out.reshape(size, -1, *out.shape[1:]), True
+
+    return run
 
 
 def _grid(name: str, grid: Grid | None) -> Grid:

@@ -125,3 +125,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrmils_conv, jaxrmils::conv_target, jaxrmils::window_binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrmils_depthwise, jaxrmils::depthwise_target,
                               jaxrmils::window_binding());
+
+extern "C" const char* jaxrmils_instructions() {
+#ifdef JAXRMILS_VNNI
+  return "avx512_vnni";
+#else
+  return "portable";
+#endif
+}
