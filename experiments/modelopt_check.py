@@ -9,7 +9,8 @@ The second command runs in an environment of its own (`pip install torch safeten
 huggingface_hub nvidia-modelopt`) and knows nothing of jaxrmils: `auto_quantize` gets the selection
 examples, int8 activations, and per-channel weights of 8 or 4 bits. The other two run in that of
 jaxrmils. `judge` takes only the assignment from ModelOpt, gives the library's objectives the size
-that it reached, and measures all of them in one simulation, on the confirmation and test examples.
+that it reached, and measures all of them in one simulation, on the confirmation and test examples; an
+interrupted run goes on where it was.
 For the CIFAR networks.
 """
 
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("step", choices=("prepare", "search", "judge"))
     parser.add_argument("folder", type=Path, help="what the steps pass on to each other")
     parser.add_argument("--config", help="of prepare")
-    parser.add_argument("--draws", type=int, default=5, help="of prepare")
+    parser.add_argument("--draws", type=int, default=5, help="of prepare, and of judge")
     parser.add_argument("--first-seed", type=int, default=100, help="of prepare")
     parser.add_argument("--bits", type=float, nargs="+", default=[5, 6], help="of prepare")
     parser.add_argument("--weights", type=Path, help="of search: the checkpoint, .safetensors")
@@ -161,8 +162,12 @@ def judge(args: argparse.Namespace, _: list[str]) -> None:
     settings = json.loads((args.folder / "settings.json").read_text())
     document = json.loads((args.folder / "plans.json").read_text())
     config = load_config(settings["config"], settings["overrides"])
-    rows, graph, simulator = [], None, None
-    for seed in bars(settings["seeds"], "draws", len(settings["seeds"])):
+    seeds, graph, simulator = settings["seeds"][: args.draws], None, None
+    kept = args.folder / "judged.json"
+    rows = json.loads(kept.read_text()) if kept.exists() else []
+    for seed in bars(seeds, "draws", len(seeds)):
+        if any(row["seed"] == seed for row in rows):
+            continue
         config.seed = seed
         task = make_task(config, settings["config"], bars)
         if graph is None or simulator is None:
@@ -171,6 +176,8 @@ def judge(args: argparse.Namespace, _: list[str]) -> None:
             simulator = Simulator(graph, task.loss)
         found = [each for each in document["plans"] if each["seed"] == seed]
         rows += judged(config, graph, simulator, task, found)
+        kept.write_text(json.dumps(rows))
+    rows = [row for row in rows if row["seed"] in seeds]
     chose = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     lines = [
         f"`{settings['command']}`; ModelOpt's plans by {chose}.",

@@ -417,7 +417,11 @@ def test_damaged_sweeps_say_what_is_wrong(copied, capsys, damage, message):
         (["--count", "0"], USAGE, "--count is 0; expected 1 or more"),
         (["--values", "0.2;0.3"], USAGE, "expected numbers separated by commas"),
         (["--no-verify", "--values", "0.01"], USAGE, "can't go below 0.26"),
-        (["--no-verify", "--along", "latency"], USAGE, "--along latency limits seconds, but there is no table"),
+        (
+            ["--no-verify", "--along", "latency"],
+            USAGE,
+            "--along latency limits seconds, but there is no table",
+        ),
         (["--config.policy.refine=2", "--objective=signed"], USAGE, "never negative"),
         (["--no-verify", "--config.seed=1"], USAGE, "which --no-verify leaves alone"),
         (["--config.policy.objectiv=signed"], USAGE, "did you mean policy.objective"),
