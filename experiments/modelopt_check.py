@@ -9,9 +9,8 @@ The second command runs in an environment of its own (`pip install torch safeten
 huggingface_hub nvidia-modelopt`) and knows nothing of jaxrmils: `auto_quantize` gets the selection
 examples, int8 activations, and per-channel weights of 8 or 4 bits. The other two run in that of
 jaxrmils. `judge` takes only the assignment from ModelOpt, gives the library's objectives the size
-that it reached, and measures all of them in one simulation, on the confirmation and test examples; an
-interrupted run goes on where it was.
-For the CIFAR networks.
+that it reached, and measures all of them in one simulation, on the confirmation and test examples;
+an interrupted run goes on where it was. For the CIFAR networks.
 """
 
 from __future__ import annotations
