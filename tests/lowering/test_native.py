@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -204,6 +205,20 @@ def test_large_convolutions_equal_numpy(shape, kernel, features, window, residua
 )
 def test_large_dots_equal_numpy(m, k, n):
     check_dot(m, k, n, 0, False, PLAIN)
+
+
+@needs_kernels
+def test_calls_at_once_share_the_pool():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(random_codes(rng, (4, 300, 200)))
+    w = pack_dot(jnp.asarray(random_codes(rng, (200, 300))))
+    e = random_epilogue(rng, (300, 300), residual="none", clamp="relu", codes=True, spread=70_000)
+    run = jax.jit(lambda x: dot(x, w, e))
+    expected = [np.asarray(run(each)) for each in x]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(20):
+            for actual, each in zip(threads.map(run, x), expected, strict=True):
+                assert_same(actual, each)
 
 
 @needs_kernels
