@@ -138,8 +138,8 @@ struct DepthwiseBlock {
     alignas(64) int8_t padding[kWidth];
     std::memset(padding, part.zero, sizeof(padding));
     for (int64_t q = 0; q < part.w.quads; ++q) {
-      const int8_t* row[kQuad];
-      int64_t pitch[kQuad];
+      const int8_t* row[kQuad] = {padding};
+      int64_t pitch[kQuad] = {};
       for (int i = 0; i < kQuad; ++i) {
         const int64_t ih = oh * g.stride_h - g.top + (kQuad * q + i) * g.dilation_h;
         const bool inside = ih >= 0 && ih < g.height;

@@ -24,8 +24,11 @@ constexpr int kHereRows = 8, kHereFewRows = 4;
 constexpr int64_t kHereQuads = 200;
 constexpr int64_t kL1 = 24 << 10, kL2 = 256 << 10;  // bytes that rows and results may take
 
+// What a tile writes: its sums, or codes without a residual, or with one in codes.
+enum class Here { kSums, kCodes, kCodesWithResidual };
+
 // Rows times panels of weights. Writes results of `channels` channels from `channel` on, rows from
-// `row` on, where kHere, else sums[i * kPanels * 16 + 16 v + lane].
+// `row` on, or sums[i * kPanels * 16 + 16 v + lane].
 #ifdef JAXRMILS_VNNI
 
 // Calls f(0), ..., f(n - 1) with numbers that the compiler knows, so that arrays indexed by them
@@ -43,7 +46,7 @@ using Numbers = std::make_integer_sequence<int, n>;
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
 }
 
-template <int kRows, int kPanels, bool kHere>
+template <int kRows, int kPanels, Here kHere>
 void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t panel,
           int64_t quads, const Epilogue& e, int64_t row, int64_t channel, int64_t channels,
           int32_t* sums) {
@@ -72,16 +75,21 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
     }, every_row);
     each([&](auto j) JAXRMILS_INLINE { at[j] += 4; }, every_pointer);
   }
-  if constexpr (kHere) {
+  if constexpr (kHere != Here::kSums) {
     const __m512 out_scale = _mm512_set1_ps(e.out_scale);
     const __m512i out_zero = _mm512_set1_epi32(e.out_zero);
     const __m128i low = _mm_set1_epi8(e.low_code), high = _mm_set1_epi8(e.high_code);
+    const __m512 residual_scale = _mm512_set1_ps(e.residual_scale);
+    const __m512i residual_zero = _mm512_set1_epi32(e.residual_zero);
     each([&](auto v) JAXRMILS_INLINE {
       const int64_t o = channel + v * kLanes;
       const __mmask16 some = existing(channels - v * kLanes);
       const __m512 scale = _mm512_loadu_ps(&e.scale[size_t(o)]);
       const __m512 offset = _mm512_loadu_ps(&e.offset[size_t(o)]);
-      int8_t* to = static_cast<int8_t*>(e.out) + row * e.channels + o;
+      const int64_t first = row * e.channels + o;
+      int8_t* to = static_cast<int8_t*>(e.out) + first;
+      [[maybe_unused]] const int8_t* residual = static_cast<const int8_t*>(e.residual);
+      if constexpr (kHere == Here::kCodesWithResidual) residual += first;
       // Four vectors step by step: one after the other, their operations would wait for each
       // other where the processor can look at a few only.
       each([&](auto group) JAXRMILS_INLINE {
@@ -93,6 +101,14 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
         each([&](auto r) JAXRMILS_INLINE { y[r] = _mm512_cvtepi32_ps(acc[i + r][v]); }, in_group);
         each([&](auto r) JAXRMILS_INLINE { y[r] = _mm512_mul_ps(y[r], scale); }, in_group);
         each([&](auto r) JAXRMILS_INLINE { y[r] = _mm512_add_ps(y[r], offset); }, in_group);
+        if constexpr (kHere == Here::kCodesWithResidual) {
+          each([&](auto r) JAXRMILS_INLINE {
+            const __m512i code = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, residual));
+            const __m512 distance = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, residual_zero));
+            y[r] = _mm512_add_ps(y[r], _mm512_mul_ps(residual_scale, distance));
+            residual += e.channels;
+          }, in_group);
+        }
         each([&](auto r) JAXRMILS_INLINE { y[r] = _mm512_div_ps(y[r], out_scale); }, in_group);
         each([&](auto r) JAXRMILS_INLINE { steps[r] = _mm512_cvtps_epi32(y[r]); }, in_group);
         each([&](auto r) JAXRMILS_INLINE {
@@ -113,11 +129,9 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
   }
 }
 
-constexpr bool kCanFinish = true;
-
 #else
 
-template <int kRows, int kPanels, bool kHere>
+template <int kRows, int kPanels, Here kHere>
 void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t panel,
           int64_t quads, const Epilogue& e, int64_t, int64_t channel, int64_t, int32_t* sums) {
   for (int i = 0; i < kRows; ++i) {
@@ -138,28 +152,46 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
   }
 }
 
-constexpr bool kCanFinish = false;
-
 #endif
 
 using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int64_t, const Epilogue&,
                       int64_t, int64_t, int64_t, int32_t*);
 
-template <int kPanels, bool kHere, size_t... rows>
+template <int kPanels, Here kHere, size_t... rows>
 Tile choose(int64_t count, std::index_sequence<rows...>) {
   static constexpr Tile tiles[] = {tile<int(rows) + 1, kPanels, kHere>...};
   return tiles[count - 1];
 }
 
-template <bool kHere>
+template <Here kHere>
 Tile choose(int64_t rows, int64_t panels) {
+  constexpr bool apart = kHere == Here::kSums;
   constexpr std::make_index_sequence<kMaxRows> one;
-  constexpr std::make_index_sequence<kHere ? kHereRows : kMaxRows> two;
-  constexpr std::make_index_sequence<kHere ? kHereFewRows : kFewRows> more;
+  constexpr std::make_index_sequence<apart ? kMaxRows : kHereRows> two;
+  constexpr std::make_index_sequence<apart ? kFewRows : kHereFewRows> more;
   if (panels == 4) return choose<4, kHere>(rows, more);
   if (panels == 3) return choose<3, kHere>(rows, more);
   if (panels == 2) return choose<2, kHere>(rows, two);
   return choose<1, kHere>(rows, one);
+}
+
+inline Tile choose([[maybe_unused]] Here here, int64_t rows, int64_t panels) {
+#ifdef JAXRMILS_VNNI
+  if (here == Here::kCodes) return choose<Here::kCodes>(rows, panels);
+  if (here == Here::kCodesWithResidual) return choose<Here::kCodesWithResidual>(rows, panels);
+#endif
+  return choose<Here::kSums>(rows, panels);
+}
+
+// Whether tiles finish their results themselves.
+inline Here where([[maybe_unused]] const Epilogue& e, [[maybe_unused]] int64_t quads) {
+#ifdef JAXRMILS_VNNI
+  if (e.codes && e.in_int32 && quads <= kHereQuads) {
+    if (e.kind == Residual::kNone) return Here::kCodes;
+    if (e.kind == Residual::kCodes) return Here::kCodesWithResidual;
+  }
+#endif
+  return Here::kSums;
 }
 
 struct Weights {
@@ -182,23 +214,20 @@ inline void multiply(const Weights& w, const Epilogue& e, const uint8_t* rows, i
                                ? kMaxRows * 2 * kLanes
                                : kFewRows * 4 * kLanes];
   const int64_t panel = w.quads * 64;
-  const bool here = kCanFinish && e.codes && e.in_int32 && e.kind == Residual::kNone &&
-                    w.quads <= kHereQuads;
-  const int64_t few = here ? kHereFewRows : kFewRows, wide = count <= few ? 4 : 2;
+  const Here here = where(e, w.quads);
+  const bool apart = here == Here::kSums;
+  const int64_t few = apart ? kFewRows : kHereFewRows, wide = count <= few ? 4 : 2;
   for (int64_t p = first; p < last;) {
     const int64_t panels = std::min(wide, last - p);
-    const int64_t most = panels > 2 ? few : here && panels == 2 ? kHereRows : kMaxRows;
+    const int64_t most = panels > 2 ? few : panels == 2 && !apart ? kHereRows : kMaxRows;
     const int64_t channel = p * kLanes;
     const int64_t channels = std::min(panels * kLanes, e.channels - channel);
     // Tiles of equal height: a short last one would read weights for few products.
     for (int64_t i = 0, tiles = ceil_div(count, most); tiles > 0; --tiles) {
       const int64_t height = ceil_div(count - i, tiles);
-      const Tile run = here ? choose<kCanFinish>(height, panels) : choose<false>(height, panels);
-      run(rows + i * stride, stride, w.packed + p * panel, panel, w.quads, e, row + i, channel,
-          channels, sums);
-      if (!here) {
-        finish(e, sums, panels * kLanes, height, row + i, channel, channels);
-      }
+      choose(here, height, panels)(rows + i * stride, stride, w.packed + p * panel, panel,
+                                   w.quads, e, row + i, channel, channels, sums);
+      if (apart) finish(e, sums, panels * kLanes, height, row + i, channel, channels);
       i += height;
     }
     p += panels;
