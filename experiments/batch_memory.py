@@ -2,13 +2,15 @@
 
     python experiments/batch_memory.py mnist_cnn cifar_resnet20 mobilenet_v2 bert
 
-Prints, for the passes that score, simulate and attribute, the bytes that each further example adds
-to the compiled program's temporary memory, as a multiple of `example_bytes`.
+Prints, for the passes that score, simulate and attribute, and for those of the objectives with a
+pass of their own, the bytes that each further example adds to the compiled program's temporary
+memory, as a multiple of `example_bytes`; and a gradient of all weights as the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ import jax
 import numpy as np
 
 import jaxrmils as jr
+from jaxrmils.policies.cost_programs import Lowering, lowerings
 from jaxrmils.sensitivity import (
     Formats,
     all_off,
@@ -82,16 +85,29 @@ def ratios(apply: Callable[[Any, Any], Any], params: Any, inputs: Any) -> dict[s
 
     def temporary(step: Callable[..., Any], count: int) -> int:
         batch = jax.tree.map(lambda x: x[:count], (inputs, labels))
-        compiled = jax.jit(step).lower(params, noise, off, *batch).compile()
-        memory = compiled.memory_analysis()
-        assert memory is not None, "XLA reports no memory on this backend"
-        return memory.temp_size_in_bytes
+        return _temporary(jax.jit(step).lower(params, noise, off, *batch).compile())
 
-    found = {"bytes of an example": float(expected)}
+    def objective(lowering: Lowering, count: int) -> int:
+        batch = jax.tree.map(lambda x: x[:count], (inputs, labels))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+        return max(_temporary(lowered.compile()) for lowered in lowering(*shapes))
+
+    weights = 4 * sum(math.prod(weight.shape) for weight in graph.weights.values())
+    found = {"bytes of an example": float(expected), "all weights": weights / expected}
     for step in (scored, simulated, attributed):
         slope = (temporary(step, MANY) - temporary(step, FEW)) / (MANY - FEW)
         found[step.__name__] = slope / expected
+    known = (graph, params, cross_entropy, ranges, ("w8a8", "w4a8", "w4a4"))
+    for name, lowering in lowerings(*known).items():
+        slope = (objective(lowering, MANY) - objective(lowering, FEW)) / (MANY - FEW)
+        found[name] = slope / expected
     return found
+
+
+def _temporary(compiled: Any) -> int:
+    memory = compiled.memory_analysis()
+    assert memory is not None, "XLA reports no memory on this backend"
+    return memory.temp_size_in_bytes
 
 
 if __name__ == "__main__":
