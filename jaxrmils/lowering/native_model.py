@@ -37,6 +37,9 @@ from jaxrmils.lowering.sites import LoweringError, integer_kernel
 from jaxrmils.numerics import QTensor, QuantParams
 from jaxrmils.policies import roundings_by_site
 
+_PART_OF_PROGRAM = 256_000_000
+"""Bytes of parameters that a compiled program may hold."""
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -50,8 +53,8 @@ class NativeWeight:
     Attributes:
       quantized: as in `QuantizedModel`, for sites that run there; None if there are none.
       packed: per site, the codes as its kernel reads them.
-      scales: per site, float32 [channels].
-      sums: per site, int32 [channels], sums of the codes, which zero points need.
+      scales: per site whose `Vectors` are not made yet, float32 [channels].
+      sums: likewise, int32 [channels], sums of the codes, which zero points need.
     """
 
     quantized: QuantizedWeight | None
@@ -89,7 +92,8 @@ class NativeParams:
     """The parameters of a `NativeModel`.
 
     Attributes:
-      leaves, grids: as in `QuantizedParams`.
+      leaves: as in `QuantizedParams`, without those that nothing but `vectors` is made of.
+      grids: as in `QuantizedParams`.
       weights: packed, by name.
       vectors: per site, what its kernel does by channel, made of the leaves once.
     """
@@ -108,15 +112,27 @@ class NativeModel:
       model: the quantized model.
       params: its parameters, packed.
       reasons: per site that has no native kernel, why.
+      unread: names of leaves that the parameters lack, since vectors were made of them.
     """
 
     model: QuantizedModel
     params: NativeParams
     reasons: Mapping[str, str]
+    unread: frozenset[str] = frozenset()
 
     def __call__(self, inputs: Any) -> Any:
-        """The outputs for a batch, with the model's own parameters."""
-        return self.apply(self.params, inputs)
+        """The outputs for a batch, with the model's own parameters, compiled for its shapes.
+
+        Up to 256 MB of parameters are part of the compiled program: handing over hundreds of arrays
+        takes a millisecond, as long as a small network.
+        """
+        return self._compiled(inputs)
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        if sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)) <= _PART_OF_PROGRAM:
+            return jax.jit(lambda inputs: self.apply(self.params, inputs))
+        return functools.partial(jax.jit(self.apply), self.params)
 
     def apply(self, params: NativeParams, inputs: Any) -> Any:
         """A pure function of parameters and inputs; works under `jit` and `vmap`, on CPU.
@@ -132,16 +148,24 @@ class NativeModel:
         Returns:
           What the float model's apply returns.
         """
-        return _run(self.model, params, inputs, {})
+        return _run(self.model, params, inputs, {}, self.unread)
 
 
 def _run(
-    model: QuantizedModel, params: NativeParams, inputs: Any, made: dict[str, list[Vectors]]
+    model: QuantizedModel,
+    params: NativeParams,
+    inputs: Any,
+    made: dict[str, list[Vectors]],
+    unread: frozenset[str] = frozenset(),
 ) -> Any:
     """The outputs; `made` collects what kernels do by channel."""
     roundings = roundings_by_site(model.graph, model.plan)
     handler = functools.partial(_handler, model, roundings, params.vectors, made)
-    leaves = [params.leaves.get(name) for name in model.graph.leaf_names]
+    structs = jax.tree.leaves(jax.tree.map(compat.abstract, model.graph.params))
+    leaves = [
+        jnp.zeros(struct.shape, struct.dtype) if name in unread else params.leaves.get(name)
+        for name, struct in zip(model.graph.leaf_names, structs, strict=True)
+    ]
     return interpret(
         model.graph,
         handler,
@@ -193,7 +217,37 @@ def native(model: QuantizedModel) -> NativeModel:
         )
     packed = NativeParams(params.leaves, weights, params.grids, {})
     vectors = _vectors(model, packed)
-    return NativeModel(model, dataclasses.replace(packed, vectors=vectors), reasons)
+    weights = {name: _without(weight, vectors) for name, weight in weights.items()}
+    packed = dataclasses.replace(packed, weights=weights, vectors=vectors)
+    unread = _unread(model, packed)
+    leaves = {name: leaf for name, leaf in params.leaves.items() if name not in unread}
+    return NativeModel(model, dataclasses.replace(packed, leaves=leaves), reasons, unread)
+
+
+def _without(weight: NativeWeight, made: Mapping[str, Vectors]) -> NativeWeight:
+    """A weight without what vectors were made of."""
+
+    def kept(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {site: value for site, value in values.items() if site not in made}
+
+    return dataclasses.replace(weight, scales=kept(weight.scales), sums=kept(weight.sums))
+
+
+def _unread(model: QuantizedModel, params: NativeParams) -> frozenset[str]:
+    """The leaves that no output depends on any more."""
+    inputs = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), model.graph.example)
+
+    def outputs(leaves: Mapping[str, Any]) -> Any:
+        return _run(model, dataclasses.replace(params, leaves=leaves), inputs, {})
+
+    jaxpr = jax.make_jaxpr(outputs)(params.leaves).jaxpr
+    read = {var for var in jaxpr.outvars if not isinstance(var, compat.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not read.isdisjoint(eqn.outvars):
+            read |= {var for var in eqn.invars if not isinstance(var, compat.Literal)}
+    # Leaves come in the order in which a dict is flattened: by name.
+    names = sorted(params.leaves)
+    return frozenset(n for n, var in zip(names, jaxpr.invars, strict=True) if var not in read)
 
 
 def _vectors(model: QuantizedModel, params: NativeParams) -> Mapping[str, Vectors]:
@@ -285,13 +339,18 @@ def _product(
 ) -> Product:
     """The site's product, to be computed with what follows it."""
     weight, name, params = call.weight, call.site.name, call.eqn.params
-    packed, sums = weight.packed[name], weight.sums[name]
+    packed, known = weight.packed[name], vectors.get(name)
     zero = jnp.zeros((), jnp.int32) if grid.symmetric else grid.zero_point.reshape(())
     shape = _output_shape(call, codes)
-    channels = sums.shape[0]
+    if known is None:
+        scale = grid.scale.reshape(()) * weight.scales[name]
+        start = Vectors(scale, jnp.zeros_like(scale), -zero * weight.sums[name])
+    else:
+        start = known  # What its tail becomes is known, and not read.
+    channels = start.scale.shape[0]
 
     def emit(tail: Tail, grid: QuantParams | None) -> Any:
-        by_channel = vectors.get(name) or Vectors(tail.scale, tail.offset, -zero * sums)
+        by_channel = known or Vectors(tail.scale, tail.offset, start.correction)
         made.append(by_channel)
         residual, residual_grid = tail.residual, tail.residual_grid
         epilogue = kernels.Epilogue(
@@ -321,11 +380,11 @@ def _product(
 
     is_conv = call.site.kind == "conv"
     contracted = 0 if is_conv else len(params["dimension_numbers"][0][0])
-    scale = grid.scale.reshape(()) * weight.scales[name]
+    tail = Tail(start.scale, start.offset)
     if not is_conv and len(shape) != codes.ndim - contracted + 1:
         # Features in several dims: nothing is by channel of the last one alone.
-        return _Whole(emit, Tail(scale, jnp.zeros_like(scale)), shape)
-    return Product(emit, Tail(scale, jnp.zeros_like(scale)), shape)
+        return _Whole(emit, tail, shape)
+    return Product(emit, tail, shape)
 
 
 class _Whole(Product):

@@ -261,11 +261,24 @@ def test_what_depends_on_parameters_alone_is_computed_once():
     found = jr.native(made(net, PARAMS, X))
     assert set(found.params.vectors) == set(found.params.weights)
     normalized = found.params.vectors["stem"]
-    plain = dataclasses.replace(found.params, vectors={})
-    np.testing.assert_array_equal(
-        jax.jit(found.apply)(found.params, X), jax.jit(found.apply)(plain, X)
-    )
     assert normalized.scale.shape == normalized.offset.shape == normalized.correction.shape == (8,)
+    # What nothing else reads is gone, and what something reads is not.
+    assert found.unread == {"bias", "factor", "mean"} and not found.params.leaves
+    assert not any(w.scales or w.sums for w in found.params.weights.values())
+    kept = made(lambda p, x: jnp.tanh(net(p, x)) + p["bias"][None, :5], PARAMS, X)
+    assert set(jr.native(kept).params.leaves) == {"bias"}
+    close(jr.native(kept)(X), kept(X))
+
+
+def test_calls_are_compiled_and_hold_small_parameters():
+    found = jr.native(made(net, PARAMS, X))
+    close(found(X), found.apply(found.params, X))
+    assert found._compiled is found._compiled
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(native_model, "_PART_OF_PROGRAM", 10)
+        large = jr.native(made(net, PARAMS, X))
+        close(large(X[:2]), found(X[:2]))
+        assert large._compiled.args == (large.params,)
 
 
 def test_kernels_that_run_twice_or_in_branches_compute_it_themselves():
