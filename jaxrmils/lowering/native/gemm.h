@@ -263,8 +263,8 @@ void product(Pool& pool, const Weights& w, const Epilogue& e, int64_t rows, Copy
   }
   chunk = ceil_div(rows, chunks);
   chunks = ceil_div(rows, chunk);
-  // Groups of an even number of panels, which tiles take by two.
-  const int64_t width = round_up(ceil_div(w.panels, groups), groups > 1 ? 2 : 1);
+  // Groups of an even number of panels, which tiles take by two; rather more groups than larger.
+  const int64_t width = groups > 1 ? std::max<int64_t>(w.panels / groups & ~1, 2) : w.panels;
   groups = ceil_div(w.panels, width);
   parallel_for(pool, threads, chunks * groups, [&](int64_t task) {
     thread_local Scratch scratch;
