@@ -11,10 +11,9 @@ from stages import TARGETS, calibrated, table_of, traced, unreached
 
 import jaxrmils as jr
 from jaxrmils.evaluation.simulate import SimulatedModel
-from jaxrmils.policies import LayerPlan, Plan, PlanError, Simulator
+from jaxrmils.policies import LayerPlan, Plan, PlanError, Simulator, cost_programs
 from jaxrmils.policies.measured_costs import (
     MEASURED_COSTS,
-    _squared_output,
     hessian_trace_costs,
     measured_costs,
     sqnr_costs,
@@ -185,7 +184,7 @@ def test_parameters_are_data():
     graph, params, inputs = traced("plain")
     data, ranges = [(inputs, TARGETS)], calibrated("plain")
     costs_of("squared_output", "plain")
-    compiled: Any = _squared_output
+    compiled: Any = cost_programs.squared_output
     before = compiled._cache_size()
     other = params | {"right": -params["right"]}
     changed = squared_output_costs(graph, other, data, loss, ranges, formats=FORMATS)
