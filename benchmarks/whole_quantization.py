@@ -26,9 +26,7 @@ from rich.table import Table
 
 import jaxrmils as jr
 from jaxrmils.artifacts import versions
-from jaxrmils.cli.checks import search_of
-from jaxrmils.cli.config import load_config
-from jaxrmils.cli.pipeline import batches, make_task, trace_task, with_batch_size
+from jaxrmils.cli import batches, load_config, make_task, search_of, trace_task, with_batch_size
 from jaxrmils.policies import Simulator
 from jaxrmils.progress import bars
 

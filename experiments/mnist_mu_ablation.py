@@ -20,7 +20,7 @@ from mnist_nets import Digits, digits, train
 from results_file import write_table
 
 import jaxrmils as jr
-from jaxrmils.evaluation.simulate import Measured, SimulatedModel
+from jaxrmils.evaluation import Measured, SimulatedModel
 from jaxrmils.policies import Plan
 from jaxrmils.progress import bars
 from jaxrmils.sensitivity import Scores

@@ -56,8 +56,7 @@ def main() -> None:
 
 def prepare(args: argparse.Namespace, overrides: list[str]) -> None:
     """Writes the selection examples of every draw, and what the other steps must know."""
-    from jaxrmils.cli.config import load_config
-    from jaxrmils.cli.pipeline import make_task
+    from jaxrmils.cli import load_config, make_task
     from jaxrmils.progress import bars
 
     config = load_config(args.config, overrides)
@@ -153,8 +152,7 @@ def judge(args: argparse.Namespace, _: list[str]) -> None:
     from objectives import markdown
     from results_file import write_table
 
-    from jaxrmils.cli.config import load_config
-    from jaxrmils.cli.pipeline import make_task, trace_task, with_batch_size
+    from jaxrmils.cli import load_config, make_task, trace_task, with_batch_size
     from jaxrmils.policies import Simulator
     from jaxrmils.progress import bars
 
@@ -193,8 +191,8 @@ def judged(
     from objectives import Judge
 
     import jaxrmils as jr
-    from jaxrmils.cli.pipeline import batches
-    from jaxrmils.evaluation.simulate import SimulatedModel
+    from jaxrmils.cli import batches
+    from jaxrmils.evaluation import SimulatedModel
     from jaxrmils.policies import Limits, layer_options, tangent_costs
 
     formats = tuple(FORMATS.values())

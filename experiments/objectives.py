@@ -25,10 +25,9 @@ import numpy as np
 from results_file import write_table
 
 import jaxrmils as jr
-from jaxrmils.cli.config import load_config
-from jaxrmils.cli.pipeline import batches, make_task, trace_task, with_batch_size
+from jaxrmils.cli import batches, load_config, make_task, trace_task, with_batch_size
 from jaxrmils.data import Task, check_disjoint
-from jaxrmils.evaluation.simulate import SimulatedModel
+from jaxrmils.evaluation import SimulatedModel
 from jaxrmils.graph import Graph, ModelTable
 from jaxrmils.policies import (
     Costs,
@@ -37,9 +36,9 @@ from jaxrmils.policies import (
     Plan,
     Simulator,
     layer_options,
+    refined,
     tangent_costs,
 )
-from jaxrmils.policies.refine import refined
 from jaxrmils.progress import bars
 from jaxrmils.statistics import mean_interval
 

@@ -29,8 +29,7 @@ from paper_transfer import curve, interval, rules, signs
 from results_file import write_table
 
 import jaxrmils as jr
-from jaxrmils.cli.config import load_config
-from jaxrmils.cli.pipeline import batches, make_task, trace_task, with_batch_size
+from jaxrmils.cli import batches, load_config, make_task, trace_task, with_batch_size
 from jaxrmils.data import Task, check_disjoint
 from jaxrmils.graph import LayerRow, ModelTable
 from jaxrmils.policies import Plan, Simulation, Simulator, plan_switches

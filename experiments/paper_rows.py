@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxrmils.data import Task
-from jaxrmils.evaluation.simulate import Measured
+from jaxrmils.evaluation import Measured
 from jaxrmils.graph import ModelTable
 from jaxrmils.policies import Plan
 from jaxrmils.statistics import mean_interval, metric_change

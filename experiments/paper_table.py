@@ -25,12 +25,17 @@ from paper_rows import Draw, Row, judged, markdown, tested
 from results_file import write_table
 
 import jaxrmils as jr
-from jaxrmils.cli.checks import candidates_of, search_of
-from jaxrmils.cli.config import load_config
-from jaxrmils.cli.pipeline import batches, make_task, trace_task, with_batch_size
+from jaxrmils.cli import (
+    batches,
+    candidates_of,
+    load_config,
+    make_task,
+    search_of,
+    trace_task,
+    with_batch_size,
+)
 from jaxrmils.data import Task, check_disjoint
-from jaxrmils.evaluation.simulate import SimulatedModel
-from jaxrmils.evaluation.temperature import fit_temperature
+from jaxrmils.evaluation import SimulatedModel, fit_temperature
 from jaxrmils.graph import Graph
 from jaxrmils.policies import Plan, Simulator, parse_format
 from jaxrmils.progress import bars

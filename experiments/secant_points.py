@@ -23,8 +23,7 @@ import numpy as np
 from results_file import write_table
 
 import jaxrmils as jr
-from jaxrmils.cli.defaults import base_config
-from jaxrmils.cli.pipeline import batches, trace_task
+from jaxrmils.cli import base_config, batches, trace_task
 from jaxrmils.graph import ModelTable
 from jaxrmils.policies import Plan
 from jaxrmils.zoo import mnist_cnn_task

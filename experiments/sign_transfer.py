@@ -35,8 +35,7 @@ from mnist_nets import Digits, Net, digits, train
 from results_file import write_table
 
 import jaxrmils as jr
-from jaxrmils.evaluation import controls
-from jaxrmils.evaluation.simulate import SimulatedModel
+from jaxrmils.evaluation import SimulatedModel, controls
 from jaxrmils.numerics import Rounding
 from jaxrmils.policies import Plan
 from jaxrmils.policies.constraints import nearest_layer

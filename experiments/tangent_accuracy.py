@@ -17,8 +17,7 @@ import numpy as np
 from results_file import write_table
 
 import jaxrmils as jr
-from jaxrmils.cli.defaults import base_config
-from jaxrmils.cli.pipeline import batches, trace_task
+from jaxrmils.cli import base_config, batches, trace_task
 from jaxrmils.sensitivity import all_off, perturbed_losses
 from jaxrmils.zoo import mnist_cnn_task
 
