@@ -40,16 +40,19 @@ Window window(Codes x, ffi::AnyBuffer out, ffi::Span<const int64_t> kernel,
               ffi::Span<const int64_t> strides, ffi::Span<const int64_t> low_padding,
               ffi::Span<const int64_t> dilation) {
   const auto in = x.dimensions(), to = out.dimensions();
-  return {in[0],      in[1],      in[2],          in[3],          kernel[0],   kernel[1], strides[0],
-          strides[1], low_padding[0], low_padding[1], dilation[0], dilation[1], to[1],     to[2]};
+  return {in[0],          in[1],          in[2],       in[3],       kernel[0], kernel[1],
+          strides[0],     strides[1],     low_padding[0], low_padding[1],
+          dilation[0],    dilation[1],    to[1],       to[2]};
 }
 
 ffi::Error dot_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints sums, Floats scale,
                       Floats offset, Ints correction, ffi::AnyBuffer residual,
                       Floats residual_scale, Ints residual_zero, Floats out_scale, Ints out_zero,
                       ffi::Result<ffi::AnyBuffer> out, float low, float high) {
-  const Epilogue e = epilogue(x.dimensions()[1], sums, scale, offset, correction, residual, residual_scale,
-                              residual_zero, out_scale, out_zero, low, high, *out);
+  const int64_t products = x.dimensions()[1];
+  const Epilogue e = epilogue(products, sums, scale, offset, correction, residual,
+                              residual_scale, residual_zero, out_scale, out_zero, low, high,
+                              *out);
   const auto packed = weights.dimensions(), in = x.dimensions();
   dot(pool, in[0], in[1], x.typed_data(), {weights.typed_data(), packed[1], packed[0]}, e);
   return ffi::Error::Success();
@@ -62,8 +65,10 @@ ffi::Error conv_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints sums, 
                        float high, ffi::Span<const int64_t> kernel,
                        ffi::Span<const int64_t> strides, ffi::Span<const int64_t> low_padding,
                        ffi::Span<const int64_t> dilation) {
-  const Epilogue e = epilogue(kernel[0] * kernel[1] * x.dimensions()[3], sums, scale, offset, correction, residual, residual_scale,
-                              residual_zero, out_scale, out_zero, low, high, *out);
+  const int64_t products = kernel[0] * kernel[1] * x.dimensions()[3];
+  const Epilogue e = epilogue(products, sums, scale, offset, correction, residual,
+                              residual_scale, residual_zero, out_scale, out_zero, low, high,
+                              *out);
   const auto packed = weights.dimensions();
   convolve(pool, window(x, *out, kernel, strides, low_padding, dilation), x.typed_data(),
            int8_t(*x_zero.typed_data()), {weights.typed_data(), packed[1], packed[0]}, e);
@@ -78,8 +83,10 @@ ffi::Error depthwise_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints s
                             ffi::Span<const int64_t> strides,
                             ffi::Span<const int64_t> low_padding,
                             ffi::Span<const int64_t> dilation) {
-  const Epilogue e = epilogue(kernel[0] * kernel[1], sums, scale, offset, correction, residual, residual_scale,
-                              residual_zero, out_scale, out_zero, low, high, *out);
+  const int64_t products = kernel[0] * kernel[1];
+  const Epilogue e = epilogue(products, sums, scale, offset, correction, residual,
+                              residual_scale, residual_zero, out_scale, out_zero, low, high,
+                              *out);
   const auto packed = weights.dimensions();
   depthwise(pool, window(x, *out, kernel, strides, low_padding, dilation), x.typed_data(),
             int8_t(*x_zero.typed_data()),
