@@ -39,6 +39,7 @@ from speed_models import BATCHES, NETWORKS, Workload, workload
 
 import jaxrmils as jr
 from jaxrmils.lowering.native import kernels
+from jaxrmils.lowering.native_model import PART_OF_PROGRAM
 
 FLOAT, DEPTHWISE, INT8, INT4 = "float", "depthwise", "w8a8", "w4a8"
 CODES, DYNAMIC, PRODUCTS = "codes", "w8a8d", "products"
@@ -199,6 +200,11 @@ def compiled(
     return Contestant(lambda: executable(*arguments), facts)
 
 
+def is_small(variables: Any) -> bool:
+    """Whether a call of a native model has its parameters in the program."""
+    return buffer_bytes(variables) <= PART_OF_PROGRAM
+
+
 def buffer_bytes(variables: Any) -> int:
     """Bytes that the arrays of a tree take on their device.
 
@@ -287,7 +293,9 @@ def measure(
     inputs = prepared.work.make_inputs(batch)
     placed = jax.tree.map(jnp.asarray, inputs)
     contestants = {
-        name: compiled(function, variables, placed, holds=name.startswith(NATIVE))
+        name: compiled(
+            function, variables, placed, holds=name.startswith(NATIVE) and is_small(variables)
+        )
         for name, (function, variables) in prepared.functions.items()
     }
     if prepared.onnx is not None:

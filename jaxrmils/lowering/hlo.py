@@ -201,6 +201,9 @@ def _nearest(start: Instruction, neighbours: Callable[[Instruction], Iterator[In
 
 
 def scoped_site(instruction: Instruction) -> str:
-    """The site in whose scope an instruction says it is, or ""."""
-    match = SCOPE_PATTERN.search(instruction.op_name)
-    return scope_site(match[1]) if match else ""
+    """The site in whose scope an instruction says it is, or ""; the innermost of several.
+
+    A native product is computed where the next site asks for its codes.
+    """
+    found = SCOPE_PATTERN.findall(instruction.op_name)
+    return scope_site(found[-1]) if found else ""

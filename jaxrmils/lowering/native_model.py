@@ -37,7 +37,7 @@ from jaxrmils.lowering.sites import LoweringError, integer_kernel
 from jaxrmils.numerics import QTensor, QuantParams
 from jaxrmils.policies import roundings_by_site
 
-_PART_OF_PROGRAM = 256_000_000
+PART_OF_PROGRAM = 64_000_000
 """Bytes of parameters that a compiled program may hold."""
 
 
@@ -123,14 +123,14 @@ class NativeModel:
     def __call__(self, inputs: Any) -> Any:
         """The outputs for a batch, with the model's own parameters, compiled for its shapes.
 
-        Up to 256 MB of parameters are part of the compiled program: handing over hundreds of arrays
+        Up to 64 MB of parameters are part of the compiled program: handing over hundreds of arrays
         takes a millisecond, as long as a small network.
         """
         return self._compiled(inputs)
 
     @functools.cached_property
     def _compiled(self) -> Any:
-        if sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)) <= _PART_OF_PROGRAM:
+        if sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)) <= PART_OF_PROGRAM:
             return jax.jit(lambda inputs: self.apply(self.params, inputs))
         return functools.partial(jax.jit(self.apply), self.params)
 

@@ -275,7 +275,7 @@ def test_calls_are_compiled_and_hold_small_parameters():
     close(found(X), found.apply(found.params, X))
     assert found._compiled is found._compiled
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(native_model, "_PART_OF_PROGRAM", 10)
+        patched.setattr(native_model, "PART_OF_PROGRAM", 10)
         large = jr.native(made(net, PARAMS, X))
         close(large(X[:2]), found(X[:2]))
         assert large._compiled.args == (large.params,)

@@ -1,10 +1,13 @@
 """Times of layers add up to those of programs, and predict another plan's."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 from stages import calibrated, traced
 
 import jaxrmils as jr
 from jaxrmils.lowering import LoweringError
+from jaxrmils.lowering.hlo import scoped_site
 from jaxrmils.lowering.hlo_text import parse
 from jaxrmils.lowering.native import kernels
 from jaxrmils.lowering.profile import THIS_PLAN, Profile, ProgramTimes, _owners, profile
@@ -41,6 +44,19 @@ def test_native_kernels_are_timed_by_layer():
     times = found.programs["w8a8"]
     assert sum(seconds > 0 for seconds in times.layers.values()) > len(graph.layers) / 2
     assert found.latency_table().source.endswith(", native kernels")
+
+
+@pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+def test_a_native_product_is_found_at_its_own_site():
+    params = {n: jnp.ones((8, 8)) for n in "abc"}
+    x = jnp.ones((4, 8))
+    graph = jr.trace(lambda p, x: jnp.maximum(x @ p["a"], 0) @ p["b"] @ p["c"], params, x)
+    plan = jr.uniform(jr.tabulate(graph), "w8a8")
+    model = jr.native(jr.quantize(graph, params, plan, jr.calibrate(graph, params, [x])))
+    compiled = jax.jit(model.apply).lower(model.params, x).compile().as_text()
+    instructions = parse(compiled).instructions.values()
+    products = [scoped_site(each) for each in instructions if each.opcode == "custom-call"]
+    assert sorted(products) == ["a", "b", "c"]
 
 
 def test_refusals():
