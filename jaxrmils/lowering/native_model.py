@@ -124,7 +124,7 @@ class NativeModel:
         """The outputs for a batch, with the model's own parameters, compiled for its shapes.
 
         Up to 64 MB of parameters are part of the compiled program: handing over hundreds of arrays
-        takes a millisecond, as long as a small network.
+        takes time of its own.
         """
         return self._compiled(inputs)
 
