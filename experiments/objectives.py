@@ -8,7 +8,8 @@ the same average bits of a weight with activations in int8, and measured on its 
 test examples, which chose nothing. Intervals are Student's over draws; a difference from the
 refined plan is paired within a draw. Seeds from 100 on are the table's: a method under development
 uses others. Finished draws are kept, so that an interrupted run goes on where it was; `--only SEED`
-makes single draws, so that several processes can share the work.
+makes single draws, so that several processes can share the work, and `--again NAME` makes the rows
+of one objective again, in a table that is there too.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--only", type=int, nargs="*", help="seeds: make these draws, no table")
+    parser.add_argument("--again", nargs="*", default=[], help="objectives: make their rows again")
     parser.add_argument("--bits", type=float, nargs="+", default=[3, 4, 5, 6, 8])
     parser.add_argument("--objectives", nargs="*", default=[*SAVED, *jr.MEASURED_COSTS])
     parser.add_argument("--rounds", type=int, default=4, help="of the refinement")
@@ -76,9 +78,10 @@ def main() -> None:
     seeds = [args.first_seed + number for number in range(args.draws)]
     graph = simulator = None
     for seed in bars(args.only or seeds, "draws", len(args.only or seeds)):
-        kept = kept_at(out, seed)
-        if restored(kept, settings):
+        known = restored(out, seed, settings)
+        if known and not set(args.again):
             continue
+        known = [row for row in known if row["objective"] not in args.again]
         config.seed = seed
         task = make_task(config, args.config, bars)
         check_disjoint(task.splits, task.training, task.dataset.groups)
@@ -86,18 +89,20 @@ def main() -> None:
             graph = trace_task(task)
             config = with_batch_size(config, graph, task)
             simulator = Simulator(graph, task.loss)
-        rows = draw(config, graph, simulator, task, args)
-        rows[0]["passes"] = pass_seconds(config, graph, simulator, task)
+        rows = [*known, *draw(config, graph, simulator, task, args, known)]
+        if not any("passes" in row for row in rows):
+            rows[0]["passes"] = pass_seconds(config, graph, simulator, task)
+        kept = kept_at(out, seed)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps({"settings": settings, "rows": rows}))
-        for row in rows:
+        for row in rows[len(known) :]:
             print(f"seed {seed}: {row}", flush=True)
     if args.only:
         return
-    rows = [row for seed in seeds for row in restored(kept_at(out, seed), settings)]
+    rows = [row for seed in seeds for row in restored(out, seed, settings)]
     write_table(out, rows, markdown(rows, args.bits), settings=settings)
     for seed in seeds:
-        kept_at(out, seed).unlink()
+        kept_at(out, seed).unlink(missing_ok=True)
 
 
 def kept_at(out: Path, seed: int) -> Path:
@@ -105,28 +110,38 @@ def kept_at(out: Path, seed: int) -> Path:
     return out.with_name(f"{out.name}.{seed}.partial.json")
 
 
-def restored(kept: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a finished draw with the same settings; none if there is no such draw."""
-    if not kept.exists():
-        return []
-    found = json.loads(kept.read_text())
-    return found["rows"] if found["settings"] == settings else []
+def restored(out: Path, seed: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """A draw's rows, finished or in a table, with the same settings; none if there are none."""
+    for path in (kept_at(out, seed), out.with_suffix(".json")):
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found.get("settings") == settings:
+                return [row for row in found["rows"] if row["seed"] == seed]
+    return []
 
 
 def draw(
-    config: Any, graph: Graph, simulator: Simulator, task: Task, args: argparse.Namespace
+    config: Any,
+    graph: Graph,
+    simulator: Simulator,
+    task: Task,
+    args: argparse.Namespace,
+    known: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Every objective at every budget on one deal of the examples."""
+    """Every objective that is not known yet at every budget, on one deal of the examples."""
+    made = {row["objective"] for row in known}
+    asked = [name for name in args.objectives if name not in made]
     params, size = task.load_params(), config.batch_size
     parts = ("ranges", "selection", "confirmation", "test")
     data = {name: batches(task.split(name), size) for name in parts}
     ranges = jr.calibrate(graph, params, data["ranges"].inputs())
     clock = time.perf_counter()
     scores = jr.score(graph, params, data["selection"], task.loss, ranges)
-    seconds = {name: time.perf_counter() - clock for name in SAVED}
+    scored = time.perf_counter() - clock
+    seconds = dict.fromkeys(SAVED, scored)
     clusters = task.split("selection").groups
     costs: dict[str, Costs] = {}
-    for name in args.objectives:
+    for name in asked:
         clock = time.perf_counter()
         if name in SAVED:
             costs[name] = tangent_costs(
@@ -150,18 +165,21 @@ def draw(
             for name, table in costs.items():
                 plan = jr.budget(scores, limits, objective=table, formats=FORMATS)
                 plans[name] = [plan]
-            clock = time.perf_counter()
-            options = {"formats": FORMATS, "rounds": args.rounds, "clusters": clusters}
-            plans[REFINED] = [refined(simulation, scores, limits, **options).plan]
-            seconds[REFINED] = seconds["squared"] + time.perf_counter() - clock
-            drawn = [by_chance(scores.table, rng) for _ in range(RANDOM_PLANS)]
-            plans[RANDOM] = [
-                jr.budget(scores, limits, objective=each, formats=FORMATS) for each in drawn
-            ]
+            if REFINED not in made:
+                clock = time.perf_counter()
+                options = {"formats": FORMATS, "rounds": args.rounds, "clusters": clusters}
+                plans[REFINED] = [refined(simulation, scores, limits, **options).plan]
+                seconds[REFINED] = scored + time.perf_counter() - clock
+            if RANDOM not in made:
+                drawn = [by_chance(scores.table, rng) for _ in range(RANDOM_PLANS)]
+                plans[RANDOM] = [
+                    jr.budget(scores, limits, objective=each, formats=FORMATS) for each in drawn
+                ]
         except InfeasibleBudgetError as error:
             print(f"{bits:g} bits: {error}", flush=True)
             continue
-        plans[UNIFORM] = [jr.uniform(scores.table, "w8a8" if bits >= 8 else "w4a8")]
+        if UNIFORM not in made:
+            plans[UNIFORM] = [jr.uniform(scores.table, "w8a8" if bits >= 8 else "w4a8")]
         for name, chosen in plans.items():
             row = {"seed": config.seed, "bits": bits, "objective": name}
             rows.append(row | judge.mean(chosen) | {"seconds": seconds.get(name)})
@@ -204,8 +222,8 @@ def pass_seconds(config: Any, graph: Graph, simulator: Simulator, task: Task) ->
     change = time.perf_counter() - clock
     clock = time.perf_counter()
     simulation.attribute(new)
-    # A round attributes one plan, and measures its own and those of two folds.
-    found["secant round"] = time.perf_counter() - clock + 3 * change
+    # A round attributes one plan, and measures its own and those of four folds.
+    found["secant round"] = time.perf_counter() - clock + 5 * change
     return {name: seconds / examples for name, seconds in found.items()}
 
 

@@ -1,8 +1,8 @@
 """What options are believed to cost, corrected by shares of a joint change that were measured.
 
-A share m_i of a plan's joint loss change has sampling noise of variance v_i. Before it was seen,
-option i was believed to cost b_i, in a unit that need not be the loss's. The model is that of a
-meta-analysis with random effects,
+A share m_i of a plan's joint loss change, here what it has beyond the first order, has sampling
+noise of variance v_i. Before it was seen, option i was believed to cost b_i, in a unit that need
+not be the loss's. The model is that of a meta-analysis with random effects,
 
     share_i ~ N(rho b_i, (tau b_i)^2)        what the option costs in this network
     m_i     ~ N(share_i, v_i)                what was measured of it

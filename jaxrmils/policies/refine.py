@@ -1,15 +1,15 @@
 """Secant refinement of a budget's plan: from single layers' costs to those in company.
 
 The tangent's plan is simulated, and its joint loss change shared out among its layers by the secant
-(`jaxrmils.sensitivity.secant`). What options are believed to cost is corrected by these shares
-(`beliefs`), and the budget is solved again in a trust region: at most so many layers may differ
-from the plan so far. Every step is judged by cross-fitting: the same steps are taken with each part
-of the examples left out, and the plans found so are measured on the part that is left out.
+(`jaxrmils.sensitivity.secant`). What options are believed to cost beyond the first order is
+corrected by these shares (`beliefs`), first-order slopes are added as far as they are more than
+luck, and the budget is solved again in a trust region: at most so many layers may differ from the
+plan so far. Every step is judged by cross-fitting: the same steps are taken with each part of the
+examples left out, and the plans found so are measured on the part that is left out.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -30,9 +30,10 @@ from jaxrmils.policies.refine_search import (
     Chain,
     RefinementSearch,
     Step,
+    believed,
     first_beliefs,
-    sampling_noise,
     sides_of,
+    tangents_of,
 )
 from jaxrmils.policies.simulation import Simulation
 from jaxrmils.progress import Progress, silent
@@ -122,7 +123,7 @@ def refined(
     objective: str | Costs = "squared",
     rounds: int = 4,
     radius: int | None = None,
-    folds: int = 2,
+    folds: int = 4,
     seed: int = 0,
     guard: Guard = "mean",
     rounding: Roundings = "nearest",
@@ -148,9 +149,8 @@ def refined(
       objective: where beliefs start: "squared", or the `Costs` of another objective; none may be
         negative.
       rounds: steps after the first plan, at most.
-      radius: in how many layers the first step may differ from the first plan; by default half of
-        them, rounded up. It is doubled after a step that improves and halved after one that does
-        not.
+      radius: in how many layers the first step may differ from the first plan; by default all of
+        them. It is doubled after a step that improves and halved after one that does not.
       folds: parts that the examples are dealt to for cross-fitting.
       seed: of the dealing.
       guard: what a plan must not be, against any uniform plan of the budget, on the selection
@@ -204,14 +204,15 @@ def refined(
 
     costs = costs_on(sides[0])
     programme = programme_of(scores.table, costs, rules, time_limit)
-    noise = sampling_noise(scores, programme, numbers)
-    search = RefinementSearch(simulation, programme, limits, numbers, noise, {})
+    tangents = tangents_of(scores, programme)
+    kept = believed(tangents, programme, numbers)
+    search = RefinementSearch(simulation, programme, limits, numbers, tangents, kept, {})
     chains = []
     for side in sides:
         beliefs = first_beliefs(programme, costs_on(side))
         chains.append(Chain(side, beliefs, search.first(beliefs)))
     chains = search.learn_formats(chains, progress)
-    radius = radius or math.ceil(len(costs.options) / 2)
+    radius = radius or len(costs.options)
     steps = list(progress(search.steps(chains, rounds, radius), "refining plans", rounds + 1))
     return _Writer(search, rules, limits, clusters, guard).result(steps)
 
@@ -264,8 +265,7 @@ class _Writer:
         """
         rounds = tuple(self._round(step) for step in steps)
         uniforms = tuple(
-            self._uniform(name, at, steps[-1].beliefs)
-            for name, at in self.search.uniforms().items()
+            self._uniform(name, at, steps[-1].costs) for name, at in self.search.uniforms().items()
         )
         naive = [self.search.change(at) for at in self.search.uniforms().values()]
         # Of equal bounds a round's counts, and the earliest.
@@ -302,7 +302,7 @@ class _Writer:
 
     def _round(self, step: Step) -> Round:
         return Round(
-            self._plan(step.at, step.beliefs),
+            self._plan(step.at, step.costs),
             self._interval(step.change),
             self._interval(step.cross_fitted),
             self.search.programme.used("size_bytes", step.at),
@@ -311,19 +311,19 @@ class _Writer:
             step.is_improvement,
         )
 
-    def _uniform(self, name: str, at: Solution, beliefs: np.ndarray) -> UniformPlan:
+    def _uniform(self, name: str, at: Solution, costs: np.ndarray) -> UniformPlan:
         return UniformPlan(
             name,
-            self._plan(at, beliefs),
+            self._plan(at, costs),
             self._interval(self.search.change(at)),
             self._interval(self.search.steadied(at)),
             self.search.programme.used("size_bytes", at),
         )
 
-    def _plan(self, at: Solution, beliefs: np.ndarray) -> Plan:
+    def _plan(self, at: Solution, believed: np.ndarray) -> Plan:
         programme = self.search.programme
         options: dict[str, dict[LayerPlan, float]] = {}
-        for (name, layer), cost in zip(programme.columns, beliefs.tolist(), strict=True):
+        for (name, layer), cost in zip(programme.columns, believed.tolist(), strict=True):
             options.setdefault(name, {})[layer] = cost
         costs = Costs("secant", "nats", options)
         return plan_of(programme, costs, self.rules, self.limits, at)

@@ -1,14 +1,19 @@
 """The rounds of a secant refinement; `refine` has the whole.
 
-The first-order part of a change is mostly luck: a trained network's mean slope is close to 0, and
-what one sees of it depends on the examples. For every option i the mean of its tangent c_i has the
-variance v_i; if all true slopes were 0, the mean over options of mean(c_i)^2 / v_i would be 1. With
-F what it is, the tangent counts by
+What an option i costs in company has two parts, which are learnt apart:
 
-    w = max(0, 1 - 1 / F)                  (positive-part James-Stein, all options together)
+    cost_i = k t_i + b_i
 
-and (1 - w) c_i is taken from every example's share and change. Shares and cross-fitted changes are
-compared without it; what the network does beyond the first order is left as it was measured.
+t_i is the mean of its first-order contributions c_i, b_i what the network makes of its noise beyond
+the first order: shares of measured changes without c_i (`beliefs`). The second is a cost, and its
+noise small. The first may be a gain, and is mostly luck: a trained network's mean slope is close to
+0, and what one sees of it depends on the examples. With v_i the variance of t_i, the mean over
+options of t_i^2 / v_i would be 1 if all true slopes were 0. With F what it is,
+
+    k = max(0, 1 - 1 / F)                  (positive-part James-Stein)
+
+for the options of a format together, those that round against the slope apart. The rest,
+(1 - k) c_i, is taken from cross-fitted changes before they are compared.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ class Chain:
 
     Attributes:
       sees: bool [N].
-      beliefs: float64 [columns].
+      beliefs: float64 [columns], what options cost beyond the first order.
       at: the plan so far.
     """
 
@@ -55,7 +60,7 @@ class Step:
     """A round before it is written down; see `Round`."""
 
     at: Solution
-    beliefs: np.ndarray
+    costs: np.ndarray
     change: np.ndarray
     cross_fitted: np.ndarray
     radius: int | None
@@ -72,7 +77,8 @@ class RefinementSearch:
       programme: the allowed plans.
       limits: the budget.
       clusters: int64 [N], numbers of the examples' groups; None where there are none.
-      noise: float64 [N, columns], from `sampling_noise`.
+      tangents: float64 [N, columns], every option's first-order contributions.
+      kept: float64 [columns], k: how much of them is believed.
       changes: measured changes, by the bytes of a plan's columns; it grows.
     """
 
@@ -80,7 +86,8 @@ class RefinementSearch:
     programme: Programme
     limits: Limits
     clusters: np.ndarray | None
-    noise: np.ndarray
+    tangents: np.ndarray
+    kept: np.ndarray
     changes: dict[bytes, np.ndarray]
 
     def steps(self, chains: list[Chain], rounds: int, radius: int) -> Iterator[Step]:
@@ -90,7 +97,7 @@ class RefinementSearch:
         last = best
         for _ in range(rounds):
             chains = self._learnt(chains, last.at)
-            trials = [replace(c, at=self._minimum(c.beliefs, (c.at, radius))) for c in chains]
+            trials = [replace(c, at=self._minimum(self.costs(c), (c.at, radius))) for c in chains]
             if all(_same(t.at, c.at) for t, c in zip(trials, chains, strict=True)):
                 return
             last = self._step(trials, chains[0].at, radius, best)
@@ -101,6 +108,10 @@ class RefinementSearch:
                 radius //= 2
             if radius == 0:
                 return
+
+    def costs(self, chain: Chain) -> np.ndarray:
+        """float64 [columns]: what every option is believed to cost, first order and beyond."""
+        return chain.beliefs + self.kept * self.tangents[chain.sees].mean(axis=0)
 
     def first(self, beliefs: np.ndarray) -> Solution:
         """The plan that is best by these beliefs; InfeasibleBudgetError if there is none."""
@@ -122,7 +133,7 @@ class RefinementSearch:
             cross_fitted[~chain.sees] = self.steadied(chain.at)[~chain.sees]
         return Step(
             whole.at,
-            whole.beliefs,
+            self.costs(whole),
             self.change(whole.at),
             cross_fitted,
             radius,
@@ -139,7 +150,8 @@ class RefinementSearch:
 
     def steadied(self, solution: Solution) -> np.ndarray:
         """float64 [N]: the same without what is luck of its first-order part."""
-        return self.change(solution) - self.noise[:, solution.columns].sum(axis=1)
+        luck = (1 - self.kept) * self.tangents
+        return self.change(solution) - luck[:, solution.columns].sum(axis=1)
 
     def learn_formats(self, chains: Sequence[Chain], progress: Progress) -> list[Chain]:
         """Beliefs in the loss's unit, from the shares of every format used throughout the network.
@@ -190,7 +202,7 @@ class RefinementSearch:
         for chain in chains:
             means, variances = np.transpose(
                 [
-                    _mean(found.layers[name] - self.noise[:, i], chain.sees, self.clusters)
+                    _mean(found.layers[name] - self.tangents[:, i], chain.sees, self.clusters)
                     for name, i in zip(names, columns, strict=True)
                 ]
             )
@@ -225,17 +237,23 @@ class RefinementSearch:
         return Plan(self.programme.layers(solution), self.programme.table.fingerprint)
 
 
-def sampling_noise(scores: Scores, programme: Programme, clusters: np.ndarray | None) -> np.ndarray:
-    """float64 [N, columns]: what of the tangent to leave out."""
-    tangents = np.stack([layer_prediction(scores, n, p) for n, p in programme.columns], axis=1)
-    is_nearest = np.array([all(r == "nearest" for r in p.rounding) for _, p in programme.columns])
-    sees = np.ones(len(scores), bool)
-    for own in (is_nearest, ~is_nearest):
-        found = [_mean(tangents[:, i], sees, clusters) for i in np.flatnonzero(own)]
+def tangents_of(scores: Scores, programme: Programme) -> np.ndarray:
+    """float64 [N, columns]: the options' first-order contributions."""
+    return np.stack([layer_prediction(scores, n, p) for n, p in programme.columns], axis=1)
+
+
+def believed(tangents: np.ndarray, programme: Programme, clusters: np.ndarray | None) -> np.ndarray:
+    """float64 [columns]: the k of every option."""
+    kinds: dict[tuple[str, bool], list[int]] = {}
+    for i, (_, p) in enumerate(programme.columns):
+        kinds.setdefault((p.format, all(r == "nearest" for r in p.rounding)), []).append(i)
+    kept, sees = np.ones(len(programme.columns)), np.ones(len(tangents), bool)
+    for own in kinds.values():
+        found = [_mean(tangents[:, i], sees, clusters) for i in own]
         ratios = [mean**2 / variance for mean, variance in found if variance > 0]
         if ratios:
-            tangents[:, own] *= min(1.0, 1.0 / max(float(np.mean(ratios)), 1e-300))
-    return tangents
+            kept[own] = max(0.0, 1 - 1 / max(float(np.mean(ratios)), 1e-300))
+    return kept
 
 
 def _same(a: Solution, b: Solution) -> bool:

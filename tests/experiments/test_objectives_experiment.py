@@ -38,6 +38,24 @@ def test_every_objective_has_a_row(tmp_path, monkeypatch, capsys):
     assert table.count("a training step's gradient") == 1 and ": tangent " in table
     assert "No plan has 3 bits" in table
     assert not list(tmp_path.glob("*.partial.json"))
+    # Rows of one objective are made again, the others stay.
+    monkeypatch.setattr(sys, "argv", [*command, "--again", "refined"])
+    objectives.main()
+    printed = capsys.readouterr().out
+    assert "'objective': 'refined'" in printed and "'objective': 'signed'" not in printed
+    again = json.loads(out.with_suffix(".json").read_text())["rows"]
+
+    def found(rows, names):
+        return {
+            (r["seed"], r["bits"], r["objective"]): r["change"]
+            for r in rows
+            if r["objective"] in names
+        }
+
+    assert found(again, names) == pytest.approx(found(rows, names))
+    assert len(again) == len(rows)
+    others = names - {"refined"}
+    assert all(row in again for row in rows if row["objective"] in others)
 
 
 def test_an_unknown_objective_is_refused(tmp_path, monkeypatch, capsys):

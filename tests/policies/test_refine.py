@@ -20,13 +20,22 @@ from jaxrmils.policies.budget import InfeasibleBudgetError, Limits, budget, usag
 from jaxrmils.policies.budget.choices import Rules
 from jaxrmils.policies.budget.solve import programme_of
 from jaxrmils.policies.costs import Costs
+from jaxrmils.policies.objectives import layer_options, tangent_costs
 from jaxrmils.policies.plan import predict
 from jaxrmils.policies.refine import refined
-from jaxrmils.policies.refine_search import sides_of
+from jaxrmils.policies.refine_search import (
+    Chain,
+    RefinementSearch,
+    believed,
+    sides_of,
+    tangents_of,
+)
+from jaxrmils.sensitivity import WEIGHT_CANDIDATES
 from jaxrmils.statistics import StatisticsError
 
 SIZES = (400, 320, 240, 400, 160, 240)
 FORMATS = ("w8a8", "w4a8")
+INT4 = next(c for c in WEIGHT_CANDIDATES if c.bits == 4)
 COUNT = 200
 
 
@@ -262,6 +271,48 @@ def test_luck_of_the_first_order_chooses_nothing():
     assert found.estimate.mean > lucky + 2 * found.estimate.standard_error
 
 
+def with_slope(network, name, mean):
+    """Every example's loss falls along the noise of this layer's weight in 4 bits."""
+    place = network.scores.weight_rows.index(name), network.scores.weight_candidates.index(INT4)
+    values = network.scores.weights.copy()
+    values[:, *place] = np.random.default_rng(1).normal(mean, 0.1, len(values))
+    network.scores = dataclasses.replace(network.scores, weights=values)
+    return network
+
+
+def test_a_slope_that_every_example_shows_is_taken():
+    # 8 bits would be allowed everywhere, and squares know no sign.
+    network = with_slope(Invented(3), "b", -0.4)
+    found = refine(network, Limits(weight_bits=8))
+    assert found.rounds[0].plan.layers["b"].weight_bits == 8
+    assert found.plan.layers["b"].weight_bits == 4
+    assert found.selection.mean == pytest.approx(network.best(Limits(weight_bits=8)), abs=0.01)
+    assert found.estimate.upper < -0.2
+
+
+def test_a_slope_is_believed_as_far_as_its_format_shows_slopes():
+    network = with_slope(Invented(3), "b", -0.4)
+    costs = tangent_costs(network.scores, "squared", layer_options(network.scores, FORMATS))
+    programme = programme_of(network.table, costs, Rules(FORMATS), 60.0)
+    tangents = tangents_of(network.scores, programme)
+    kept = believed(tangents, programme, None)
+    for name in ("float", *FORMATS):
+        own = [i for i, (_, p) in enumerate(programme.columns) if p.format == name]
+        assert len(set(kept[own])) == 1
+        values = tangents[:, own]
+        if name == "w4a8":
+            squares = values.mean(axis=0) ** 2 / (values.var(axis=0, ddof=1) / len(values))
+            assert kept[own[0]] == pytest.approx(1 - 1 / squares.mean()) and kept[own[0]] > 0.9
+        else:  # Slopes are 0 by construction.
+            assert kept[own[0]] == (name == "float")
+    # What the plan is believed to cost has both parts.
+    sees = np.arange(len(tangents)) % 2 == 0
+    search = RefinementSearch(None, programme, LIMITS, None, tangents, kept, {})
+    beliefs = np.arange(1.0, 1 + tangents.shape[1])
+    found = search.costs(Chain(sees, beliefs, None)) - beliefs
+    np.testing.assert_allclose(found, kept * tangents[sees].mean(axis=0))
+
+
 @pytest.mark.parametrize(
     ("guard", "noise", "taken"),
     [("chance", 10.0, False), ("chance", 0.01, True), ("mean", 10.0, True), ("mean", 0.01, True)],
@@ -313,7 +364,7 @@ def test_the_programme_keeps_to_a_trust_region(model, radius, random):
         ({"objective": "nonsense"}, PlanError, "objective 'nonsense'"),
         ({"folds": 200}, PlanError, "200 examples for 200 folds"),
         ({"clusters": [0, 1]}, StatisticsError, "one group per example"),
-        ({"clusters": np.arange(COUNT) % 3}, PlanError, "3 clusters for 2 folds"),
+        ({"clusters": np.arange(COUNT) % 7}, PlanError, "7 clusters for 4 folds"),
         ({"formats": ("w9",)}, PlanError, "unknown format"),
     ],
 )
