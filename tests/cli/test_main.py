@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,14 @@ def test_quantize_writes_a_run_that_people_and_machines_can_read(run):
     assert {"plan.json", "scores", "model", "run.json", "report.json"} | pages == {
         path.name for path in run.iterdir()
     }
+
+
+def test_the_package_is_the_command_too(run):
+    command = [sys.executable, "-m", "jaxrmils", "compare", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=run)
+    assert done.returncode == OK and done.stdout.startswith("usage: jaxrmils compare")
+    done = subprocess.run([*command[:3], "report", "nothing"], capture_output=True, check=False)
+    assert done.returncode == BAD_INPUT
 
 
 def test_a_tasks_metrics_are_reported_of_the_test_split(folder, capsys):
