@@ -82,6 +82,8 @@ def main() -> None:
         if known and not set(args.again):
             continue
         known = [row for row in known if row["objective"] not in args.again]
+        if REFINED in args.again:  # Its rounds may cost something else now.
+            known = [{k: v for k, v in row.items() if k != "passes"} for row in known]
         config.seed = seed
         task = make_task(config, args.config, bars)
         check_disjoint(task.splits, task.training, task.dataset.groups)
