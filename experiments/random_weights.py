@@ -3,11 +3,11 @@
     python experiments/random_weights.py runs/random --photos imagenet/heldout \
         --labels imagenet/labels.csv --questions xquad.en.json
 
-writes ImageNet photos and SQuAD questions as TFDS prepares them (`imagenet2012`, `squad`, without
-TensorFlow), checkpoints of ResNet-18 and MobileNetV2 under torchvision's names and of BERT-base
-under Hugging Face's, all of them drawn. They prove that `configs/resnet18_imagenet.py`,
-`mobilenet_v2_imagenet.py` and `bert_base_squad.py` run from end to end; what the tables then say of
-accuracy means nothing. With the real data and weights the commands are the same.
+writes ImageNet photos and questions as TFDS prepares them, without TensorFlow (`imagenet2012`, and
+`some_questions` with the features of `squad`), and checkpoints of ResNet-18 and MobileNetV2 under
+torchvision's names and of BERT-base under Hugging Face's, all of them drawn. They prove that
+`configs/resnet18_imagenet.py`, `mobilenet_v2_imagenet.py` and `bert_base_squad.py` run from end to
+end; what the tables then say of accuracy means nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     questions = [q for q in read_questions(args.questions) if q.paragraph < args.paragraphs]
     common = {"data_dir": args.folder, "file_format": "array_record"}
     Imagenet2012([photos[i] for i in sorted(drawn)], **common).download_and_prepare()
-    Squad(questions, **common).download_and_prepare()
+    SomeQuestions(questions, **common).download_and_prepare()
     for name in NETWORKS:
         save_file(random_state(reference(name), rng), args.folder / f"{name}.safetensors")
     save_bert(random_bert("bert_base", rng), args.folder / "bert_base.safetensors")
@@ -131,6 +131,8 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 class Imagenet2012(Prepared, skip_registration=True):
     """Photos and the numbers of their classes."""
 
+    VERSION = tfds.core.Version("5.1.0")  # the one that TFDS's own `imagenet2012` reads
+
     def features(self) -> dict[str, Any]:
         """As TFDS's own data set has them."""
         return {
@@ -145,7 +147,7 @@ class Imagenet2012(Prepared, skip_registration=True):
         return {"image": Image.open(path).convert("RGB"), "label": label, "file_name": path.name}
 
 
-class Squad(Prepared, skip_registration=True):
+class SomeQuestions(Prepared, skip_registration=True):
     """Questions about paragraphs."""
 
     def features(self) -> dict[str, Any]:
