@@ -12,6 +12,7 @@ end; what the tables then say of accuracy means nothing.
 
 from __future__ import annotations
 
+import abc
 import argparse
 import csv
 from collections.abc import Iterator, Mapping
@@ -108,13 +109,13 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self.examples = examples
         super().__init__(**kwargs)
 
+    @abc.abstractmethod
     def features(self) -> dict[str, Any]:
         """Of an example."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def record(self, example: Any) -> dict[str, Any]:
         """An example as it is written."""
-        raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(self.features())
