@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from data.text_files import tiny_tokenizer
-from finetune_bert import Settings, fit, load_training, read_slice, with_new_head
+from finetune_bert import Settings, batches_of, fit, load_training, read_slice, with_new_head
 from safetensors.numpy import load_file, save_file
 from text_tasks import (
     CLASSES,
@@ -74,6 +74,45 @@ def test_training_lowers_the_loss_and_repeats_itself(tmp_path, encoder):
         fit(apply, params, dataset, span_cross_entropy, Settings(1, 21, 1e-3))
 
 
+@pytest.mark.parametrize(("examples", "batch_size"), [(403, 4), (37, 5), (8, 8)])
+def test_batches_of_similar_length(examples, batch_size):
+    random = np.random.default_rng(1)
+    lengths = random.integers(10, 384, examples)
+    settings = Settings(epochs=3, batch_size=batch_size, learning_rate=1e-3)
+    grouped, plain = (batches_of(examples, settings, sizes) for sizes in (lengths, None))
+    steps = examples // batch_size
+    assert grouped.shape == plain.shape == (3 * steps, batch_size)
+    for epoch in np.split(grouped, 3):
+        assert len(np.unique(epoch)) == steps * batch_size
+    np.testing.assert_array_equal(grouped, batches_of(examples, settings, lengths))
+    if steps > 1:
+        assert not np.array_equal(grouped[:steps], grouped[steps : 2 * steps])
+        spread = [np.ptp(lengths[rows], axis=1).mean() for rows in (grouped, plain)]
+        assert spread[0] < 0.3 * spread[1]
+        # A batch's place in its epoch does not follow its length.
+        means = lengths[grouped[:steps]].mean(axis=1)
+        assert abs(np.corrcoef(means, np.arange(steps))[0, 1]) < 0.7
+
+
+def test_steps_read_no_more_padding_than_they_must(tmp_path, monkeypatch, encoder):
+    monkeypatch.setattr(finetune_bert, "STEP_BUCKET", 2)
+    file = write_questions(tmp_path, 10)
+    dataset = load_training(file, tiny_tokenizer(tmp_path), 20, 2)
+    lengths = dataset.inputs["attention_mask"].sum(axis=1)
+    dataset = dataset.take(np.flatnonzero(lengths <= 17))
+    longest, size = int(lengths[lengths <= 17].max()), len(dataset)
+    assert size > 5
+    module = BertForSpans(TINY)
+    state = with_new_head(load_file(encoder), "qa_outputs", 2, seed=0)
+    apply, params = from_linen(module, import_bert(state, module))
+    for grouped, width in ((False, 20), (True, longest + longest % 2)):
+        settings = Settings(1, size, 1e-3, group_lengths=grouped)
+        _, losses, _ = fit(apply, params, dataset, span_cross_entropy, settings)
+        inputs = {name: array[:, :width] for name, array in dataset.inputs.items()}
+        loss = span_cross_entropy(apply(params, inputs), dataset.targets).mean()
+        np.testing.assert_allclose(losses, [loss], rtol=1e-5)
+
+
 def test_squad_on_files_of_tokens(tmp_path, monkeypatch, encoder):
     contexts = ["the report was written by ada in paris .", "the lake is north of the town"] * 6
     (tmp_path / "some.context").write_text("\n".join(contexts) + "\n")
@@ -110,12 +149,17 @@ def test_squad_on_files_of_tokens(tmp_path, monkeypatch, encoder):
 
 
 @pytest.mark.parametrize("trained", ["classifier", "all"])
-def test_a_classifier_of_texts(tmp_path, monkeypatch, encoder, trained):
+def test_a_classifier_of_texts(tmp_path, monkeypatch, encoder, trained, capsys):
     texts = write_texts(tmp_path, some_rows(30))
     config = task_config(tmp_path, "texts", texts)
     options = ["--train", "texts.csv", "--test", "texts.csv", "--max-length", "20"]
     options += ["--batch-size", "10", "--epochs", "2"]
-    options += ["--train-encoder"] if trained == "all" else []
+    if trained == "all":
+        options += ["--train-encoder", "--group-lengths"]
+    else:
+        with pytest.raises(SystemExit):
+            run(monkeypatch, tmp_path, "classify", *options, "--group-lengths")
+        assert "--group-lengths needs --train-encoder" in capsys.readouterr().err
     row = run(monkeypatch, tmp_path, "classify", *options)
     assert (row["trained"], row["classes"], row["texts"], row["steps"]) == (trained, 3, 30, 6)
     before, after = load_file(encoder), load_file(tmp_path / "weights.safetensors")
