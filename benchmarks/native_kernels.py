@@ -122,7 +122,7 @@ def functions(case: Case) -> tuple[dict[str, Any], tuple[Any, ...]]:
         pads = tuple(lax.padtype_to_pads(case.x[1:3], case.w[:2], strides, "SAME"))
     window: dict[str, Any] = {"strides": (case.stride,) * 2, "padding": pads, "dilation": (1, 1)}
     sums = jnp.sum(w, axis=range(w.ndim - 1), dtype=jnp.int32)
-    correction = -zero * sums
+    correction = kernels.correction(sums, zero)
     if len(case.x) == 2:
         packed = kernels.pack_dot(w)
     else:

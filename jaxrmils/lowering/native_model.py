@@ -344,7 +344,8 @@ def _product(
     shape = _output_shape(call, codes)
     if known is None:
         scale = grid.scale.reshape(()) * weight.scales[name]
-        start = Vectors(scale, jnp.zeros_like(scale), -zero * weight.sums[name])
+        correction = kernels.correction(weight.sums[name], zero)
+        start = Vectors(scale, jnp.zeros_like(scale), correction)
     else:
         start = known  # What its tail becomes is known, and not read.
     channels = start.scale.shape[0]

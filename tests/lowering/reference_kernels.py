@@ -9,6 +9,7 @@ from jax import lax
 from jaxrmils.lowering.integer_conv import conv_int32
 from jaxrmils.lowering.integer_dot import dot_int32
 from jaxrmils.lowering.native.kernels import Epilogue
+from jaxrmils.lowering.native.packing import correction  # noqa: F401
 from jaxrmils.numerics import QuantParams, quantize
 
 
@@ -25,7 +26,9 @@ class Packed:
 pack_conv = pack_depthwise = pack_dot = Packed
 
 
-def finished(total, e: Epilogue):
+def finished(total, codes, e: Epilogue):
+    """`total` are the sums of x w; kernels count those of (x + 128) w."""
+    total += 128 * codes.sum(axis=range(codes.ndim - 1), dtype=jnp.int32)
     y = (total + e.correction).astype(jnp.float32) * e.scale + e.offset
     if e.residual is not None:
         r = e.residual
@@ -52,7 +55,7 @@ def _conv(x, packed, e, groups, x_zero, strides, padding, dilation):
         ),
         feature_group_count=groups,
     )
-    return finished(total, e)
+    return finished(total, packed.codes, e)
 
 
 def conv(x, packed, epilogue, *, x_zero, strides, padding, dilation):
@@ -64,4 +67,5 @@ def depthwise(x, packed, epilogue, *, x_zero, strides, padding, dilation):
 
 
 def dot(x, packed, epilogue):
-    return finished(dot_int32(x, packed.codes, (((1,), (0,)), ((), ()))), epilogue)
+    total = dot_int32(x, packed.codes, (((1,), (0,)), ((), ())))
+    return finished(total, packed.codes, epilogue)

@@ -19,6 +19,7 @@ from jaxrmils.lowering.native import build, kernels
 from jaxrmils.lowering.native.kernels import (
     Epilogue,
     conv,
+    correction,
     depthwise,
     dot,
     pack_conv,
@@ -58,6 +59,13 @@ def random_epilogue(rng, shape, *, residual, clamp, codes, spread):
         values["grid"] = (np.float32(rng.uniform(0.01, 0.05)), np.int32(rng.integers(-128, 128)))
     low, high = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "both": (-0.5, 1.0)}[clamp]
     return Epilogue(**jax.tree.map(jnp.asarray, values), low=low, high=high)
+
+
+def with_weights(epilogue, w):
+    """The epilogue as kernels want it, for a correction of the sums of x w."""
+    sums = jnp.asarray(w.astype(np.int64).sum(axis=tuple(range(w.ndim - 1))), jnp.int32)
+    total = epilogue.correction + correction(sums, jnp.int32(0))
+    return dataclasses.replace(epilogue, correction=total)
 
 
 def finished(sums, epilogue):
@@ -129,7 +137,7 @@ def check_dot(m, k, n, seed, extreme, choices):
     rng = np.random.default_rng(seed)
     x, w = random_codes(rng, (m, k), extreme), random_codes(rng, (k, n), extreme)
     epilogue = random_epilogue(rng, (m, n), spread=5000 * math.isqrt(k), **choices)
-    actual = jax.jit(dot)(jnp.asarray(x), pack_dot(jnp.asarray(w)), epilogue)
+    actual = jax.jit(dot)(jnp.asarray(x), pack_dot(jnp.asarray(w)), with_weights(epilogue, w))
     assert_same(actual, finished(x.astype(np.int64) @ w.astype(np.int64), epilogue))
 
 
@@ -145,7 +153,8 @@ def check_conv(shape, kernel, features, window, seed, extreme, choices):
     epilogue = random_epilogue(rng, sums.shape, spread=5000 * math.isqrt(products), **choices)
     run, pack = (depthwise, pack_depthwise) if features is None else (conv, pack_conv)
     function = jax.jit(lambda x, w, e, z: run(x, w, e, x_zero=z, **window))
-    actual = function(jnp.asarray(x), pack(jnp.asarray(w)), epilogue, jnp.int32(x_zero))
+    packed, e = pack(jnp.asarray(w)), with_weights(epilogue, w)
+    actual = function(jnp.asarray(x), packed, e, jnp.int32(x_zero))
     assert_same(actual, finished(sums, epilogue))
 
 

@@ -3,7 +3,8 @@
 // vpdpbusd sums four neighbouring bytes, so four rows of a column are brought side by side. Such
 // quads serve all taps of a row of the kernel, and all output rows whose window lies in their
 // rows: with a kernel of three rows and no strides, two. They are kept for a few columns at a
-// time, and every output row multiplies them with weights that are shifted to its place.
+// time, and every output row multiplies them with weights that are shifted to its place: in shift
+// r the kernel's first row is the r-th of its quads.
 
 #pragma once
 
@@ -13,14 +14,17 @@ namespace jaxrmils {
 
 constexpr int kQuad = 4;
 
-// Weights are [channels / 16][shifts][kernel rows / 4][kernel columns][16 channels][4 rows]; in
-// shift r the kernel's first row is the r-th.
+// Weights are [channels / 16][kernel rows / 4][kernel columns][16 channels][4 rows].
 struct DepthwiseWeights {
   const int8_t* packed;
   int64_t groups;  // channels / 16, rounded up
-  int64_t shifts;
   int64_t quads;   // kernel rows / 4, rounded up
 };
+
+// How many output rows' windows lie in the same quads.
+inline int64_t sharing_rows(const Window& g, const DepthwiseWeights& w) {
+  return g.stride_h == 1 && g.dilation_h == 1 ? w.quads * kQuad - g.kernel_height + 1 : 1;
+}
 
 // The part of an output that one call computes: rows [top, top + rows) of an image.
 struct Part {
@@ -56,6 +60,8 @@ struct Channels;
     static Int high8(Int a, Int b) { return P##_unpackhi_epi8(a, b); }                          \
     static Int low16(Int a, Int b) { return P##_unpacklo_epi16(a, b); }                         \
     static Int high16(Int a, Int b) { return P##_unpackhi_epi16(a, b); }                        \
+    static Int left(Int v, int n) { return P##_sll_epi32(v, _mm_cvtsi32_si128(n)); }            \
+    static Int right(Int v, int n) { return P##_srl_epi32(v, _mm_cvtsi32_si128(n)); }           \
     static Int sum(Int acc, Int x, Int w) { return P##_dpbusd_epi32(acc, x, w); }               \
     static Int shorts(int v) { return P##_set1_epi16(short(v)); }                               \
     static Int add16(Int a, Int b) { return P##_adds_epi16(a, b); }                             \
@@ -120,10 +126,19 @@ struct DepthwiseBlock {
     spread(scale, &part.e.scale[size_t(channel)], 16);
     spread(offset, &part.e.offset[size_t(channel)], 16);
     spread(correction, &part.e.correction[size_t(channel)], 16);
-    const int64_t vectors = w.shifts * w.quads * part.g.kernel_width;
-    const int8_t* packed = w.packed + channel / 16 * vectors * 64;
-    for (int64_t t = 0; t < vectors; ++t) {
-      spread(reinterpret_cast<int8_t*>(weights + 4 * t), packed + 64 * t, vectors * 64);
+    const int64_t width = part.g.kernel_width, taps = w.quads * width;
+    const int8_t* packed = w.packed + channel / 16 * taps * 64;
+    for (int64_t t = 0; t < taps; ++t) {
+      spread(reinterpret_cast<int8_t*>(weights + 4 * t), packed + 64 * t, taps * 64);
+    }
+    // A row further down: the last of a quad becomes the first of the next.
+    const int64_t shifts = sharing_rows(part.g, w);
+    for (int s = 1; s < shifts; ++s) {
+      Int* to = weights + s * taps * 4;
+      for (int64_t i = 0; i < taps * 4; ++i) {
+        to[i] = V::left(weights[i], 8 * s);
+        if (i >= width * 4) to[i] |= V::right(weights[i - width * 4], 32 - 8 * s);
+      }
     }
   }
 
@@ -285,7 +300,7 @@ struct DepthwiseBlock {
     prepare();
     const bool here = part.e.codes && part.e.in_int32 && part.e.kind == Residual::kNone;
     const int64_t taps = w.quads * g.kernel_width;
-    const int64_t together = g.stride_h == 1 && g.dilation_h == 1 ? w.shifts : 1;
+    const int64_t together = sharing_rows(g, w);
     const int64_t span = (g.kernel_width - 1) * g.dilation_w + 1;
     const int64_t held = kQuadBytes / (w.quads * 4 * int64_t(sizeof(Int)));
     const int64_t most = std::max<int64_t>((held - span) / g.stride_w + 1, 1);
@@ -322,7 +337,7 @@ void depthwise_block(const Part& part, int64_t channel) {
   using Int = typename Channels<kWidth>::Int;
   thread_local Scratch scratch;
   const Window& g = part.g;
-  const int64_t taps = part.w.shifts * part.w.quads * g.kernel_width * 4;
+  const int64_t taps = sharing_rows(g, part.w) * part.w.quads * g.kernel_width * 4;
   const int64_t span = (g.kernel_width - 1) * g.dilation_w + 1;
   const int64_t held = std::max<int64_t>(
       kQuadBytes / int64_t(sizeof(Int)), (span + g.stride_w) * part.w.quads * 4);
@@ -351,7 +366,7 @@ inline void depthwise_part(const Part& part) {
   for (int64_t r = part.top; r < part.top + part.rows; ++r) {
     for (int64_t ow = 0; ow < g.out_width; ++ow) {
       for (int64_t c = 0; c < g.channels; ++c) {
-        const int8_t* w = part.w.packed + c / 16 * part.w.shifts * taps * 64 + c % 16 * kQuad;
+        const int8_t* w = part.w.packed + c / 16 * taps * 64 + c % 16 * kQuad;
         int32_t sum = part.e.correction[size_t(c)];
         for (int64_t kh = 0; kh < g.kernel_height; ++kh) {
           for (int64_t kw = 0; kw < g.kernel_width; ++kw) {
@@ -383,7 +398,7 @@ void depthwise(Pool& pool, const Window& g, const int8_t* x, int8_t zero,
   int64_t height = std::clamp<int64_t>(fit, 8, g.out_height > 8 ? g.out_height : 8);
   const int64_t wanted = threads > 1 ? ceil_div(3 * threads, g.batch) : 1;
   height = std::min(height, std::max<int64_t>(ceil_div(g.out_height, wanted), 2));
-  height = std::min(round_up(height, w.shifts), g.out_height);
+  height = std::min(round_up(height, sharing_rows(g, w)), g.out_height);
   const int64_t strips = ceil_div(g.out_height, height);
   parallel_for(pool, threads, g.batch * strips, [&](int64_t task) {
     const int64_t n = task / strips, top = task % strips * height;

@@ -36,9 +36,7 @@ struct Epilogue {
   void* out = nullptr;
   int64_t channels = 0;
 
-  // `sums` are those of the weights, of which x + 128 has counted 128 too many.
-  void set_channels(int64_t n, const float* a, const float* b, const int32_t* c,
-                    const int32_t* sums) {
+  void set_channels(int64_t n, const float* a, const float* b, const int32_t* c) {
     channels = n;
     const size_t padded = size_t(round_up(n, 4 * kLanes));
     scale.assign(padded, 0);
@@ -46,9 +44,7 @@ struct Epilogue {
     correction.assign(padded, 0);
     std::memcpy(scale.data(), a, size_t(n) * sizeof(float));
     std::memcpy(offset.data(), b, size_t(n) * sizeof(float));
-    for (int64_t o = 0; o < n; ++o) {
-      correction[size_t(o)] = int32_t(uint32_t(c[o]) - 128u * uint32_t(sums[o]));
-    }
+    std::memcpy(correction.data(), c, size_t(n) * sizeof(int32_t));
   }
 
   // After all else is set; `products` of codes are summed in one result.

@@ -2,7 +2,8 @@
 
 A product of codes gives int32 sums, which are rescaled, added to, clamped and made codes again.
 XLA:CPU writes the sums and reads them back; these kernels finish a few rows at a time, while
-their sums are in registers. With sums S over taps and channels and output channel o,
+their sums are in registers. With S the sums of (x + 128) w over taps and channels, and output
+channel o,
 
     y = float32(S + correction[o]) * scale[o] + offset[o] + residual, between low and high,
 
@@ -33,6 +34,7 @@ from jaxrmils.lowering.native.packing import (
     PackedConv,
     PackedDepthwise,
     PackedDot,
+    correction,
     pack_conv,
     pack_depthwise,
     pack_dot,
@@ -46,6 +48,7 @@ __all__ = [
     "PackedDot",
     "available",
     "conv",
+    "correction",
     "depthwise",
     "dot",
     "instructions",
@@ -54,8 +57,8 @@ __all__ = [
     "pack_dot",
 ]
 
-# Operands between the input and the residual: weights, their sums, and the epilogue's vectors.
-_BEFORE_RESIDUAL = 5
+# Operands between the input and the residual: weights and the epilogue's vectors.
+_BEFORE_RESIDUAL = 4
 
 Grid = tuple[Float32[Array, ""], Int32[Array, ""]]
 
@@ -72,7 +75,7 @@ class Epilogue:
     Attributes:
         scale: factor of every output channel.
         offset: added to every output channel, after the factor.
-        correction: added to the int32 sums, usually -x_zero times the sums of the weights.
+        correction: added to the int32 sums of (x + 128) w; see the function `correction`.
         residual: added then, of the output's shape: float32, or int8 codes.
         residual_grid: scale and zero point of a residual in codes, which stands for
             scale * (code - zero point).
@@ -274,7 +277,6 @@ def _call(
         _check("epilogue.residual", residual, dtype, shape)
     operands = [
         packed.values,
-        packed.sums,
         epilogue.scale,
         epilogue.offset,
         epilogue.correction,

@@ -3,6 +3,9 @@
 Four codes of each of 16 output channels make one vector: [o / 16, k / 4, 16, 4], filled up with
 zeros. k runs over the rows of the kernel, their columns and the input channels; in a depthwise
 convolution the four are neighbours in a column of the kernel.
+
+Nothing but the codes is kept. Kernels sum (x + 128) w, since their instructions take one operand
+without a sign; what that and the input's zero point add is `correction`, one number per channel.
 """
 
 from __future__ import annotations
@@ -17,58 +20,45 @@ from jaxtyping import Array, Int8, Int32
 LANES, QUAD = 16, 4
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "sums"], meta_fields=["shape"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["shape"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedConv:
     """Weights of a dense convolution.
 
     Attributes:
         values: the codes, [o / 16, kh kw c / 4, 16, 4].
-        sums: of the codes that meet in each output channel.
         shape: (kh, kw, c, o), static.
     """
 
     values: Int8[Array, "panels quads 16 4"]
-    sums: Int32[Array, " o"]
     shape: tuple[int, int, int, int]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "sums"], meta_fields=["shape"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["shape"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedDepthwise:
     """Weights of a depthwise convolution, one output channel per input channel.
 
     Attributes:
-        values: the codes, [c / 16, shifts, kh / 4, kw, 16, 4]; with shift r the kernel's first row
-            is the r-th of its rows, which are filled up with zeros.
-        sums: of every channel's codes.
+        values: the codes, [c / 16, kh / 4, kw, 16, 4].
         shape: (kh, kw, c), static.
     """
 
-    values: Int8[Array, "groups shifts quads kw 16 4"]
-    sums: Int32[Array, " c"]
+    values: Int8[Array, "groups quads kw 16 4"]
     shape: tuple[int, int, int]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "sums"], meta_fields=["shape"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["shape"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedDot:
     """Weights of a dot.
 
     Attributes:
         values: the codes, [n / 16, k / 4, 16, 4].
-        sums: of every column's codes.
         shape: (k, n), static.
     """
 
     values: Int8[Array, "panels quads 16 4"]
-    sums: Int32[Array, " n"]
     shape: tuple[int, int]
 
 
@@ -88,7 +78,7 @@ def pack_conv(codes: Int8[Array, "kh kw c o"]) -> PackedConv:
     """
     _check(codes, "kh kw c o")
     kh, kw, c, o = codes.shape
-    return PackedConv(*_packed(codes.reshape(kh * kw * c, o)), (kh, kw, c, o))
+    return PackedConv(_packed(codes.reshape(kh * kw * c, o)), (kh, kw, c, o))
 
 
 def pack_depthwise(codes: Int8[Array, "kh kw 1 c"]) -> PackedDepthwise:
@@ -103,20 +93,15 @@ def pack_depthwise(codes: Int8[Array, "kh kw 1 c"]) -> PackedDepthwise:
 
     Example:
         >>> pack_depthwise(jnp.ones((3, 3, 1, 20), jnp.int8)).values.shape
-        (2, 2, 1, 3, 16, 4)
+        (2, 1, 3, 16, 4)
     """
     _check(codes, "kh kw 1 c")
     kh, kw, inputs, c = codes.shape
     if inputs != 1:
         raise ValueError(f"depthwise weights must be [kh, kw, 1, c], found shape {codes.shape}")
-    rows = -kh % QUAD  # besides the kernel's own
-    shifted = [
-        jnp.pad(codes[:, :, 0], ((shift, rows - shift), (0, 0), (0, -c % LANES)))
-        for shift in range(rows + 1)
-    ]
-    values = jnp.stack(shifted).reshape(rows + 1, (kh + rows) // QUAD, QUAD, kw, -1, LANES)
-    sums = jnp.sum(codes, axis=(0, 1, 2), dtype=jnp.int32)
-    return PackedDepthwise(values.transpose(4, 0, 1, 3, 5, 2), sums, (kh, kw, c))
+    filled = jnp.pad(codes[:, :, 0], ((0, -kh % QUAD), (0, 0), (0, -c % LANES)))
+    values = filled.reshape(-1, QUAD, kw, filled.shape[2] // LANES, LANES)
+    return PackedDepthwise(values.transpose(3, 0, 2, 4, 1), (kh, kw, c))
 
 
 def pack_dot(codes: Int8[Array, "k n"]) -> PackedDot:
@@ -130,21 +115,39 @@ def pack_dot(codes: Int8[Array, "k n"]) -> PackedDot:
         ValueError: if they have not two dims.
 
     Example:
-        >>> packed = pack_dot(jnp.ones((5, 3), jnp.int8))
-        >>> packed.values.shape, packed.sums.tolist()
-        ((1, 2, 16, 4), [5, 5, 5])
+        >>> pack_dot(jnp.ones((5, 3), jnp.int8)).values.shape
+        (1, 2, 16, 4)
     """
     _check(codes, "k n")
     k, n = codes.shape
-    return PackedDot(*_packed(codes), (k, n))
+    return PackedDot(_packed(codes), (k, n))
 
 
-def _packed(codes: Array) -> tuple[Array, Array]:
-    """[k, o] as panels, and the sums over k."""
+def correction(
+    sums: Int32[Array, " o"], x_zero: Int32[Array, ""] | Int32[Array, " o"]
+) -> Int32[Array, " o"]:
+    """What is to be added to a kernel's sums so that they become those of (x - x_zero) w.
+
+    Args:
+        sums: of the weight codes that meet in every output channel, int32.
+        x_zero: zero point of the input, int32; 0 for the sums of x w.
+
+    Returns:
+        -(x_zero + 128) sums, int32.
+
+    Example:
+        >>> correction(jnp.array([3, -1]), jnp.int32(-128)).tolist()
+        [0, 0]
+    """
+    return -(x_zero + jnp.int32(128)) * sums
+
+
+def _packed(codes: Array) -> Array:
+    """[k, o] as panels."""
     k, o = codes.shape
     filled = jnp.pad(codes, ((0, -k % QUAD), (0, -o % LANES)))
     values = filled.reshape(filled.shape[0] // QUAD, QUAD, filled.shape[1] // LANES, LANES)
-    return values.transpose(2, 0, 3, 1), jnp.sum(codes, axis=0, dtype=jnp.int32)
+    return values.transpose(2, 0, 3, 1)
 
 
 def _check(codes: Array, dims: str) -> None:

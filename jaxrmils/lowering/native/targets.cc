@@ -13,12 +13,12 @@ using Codes = ffi::Buffer<ffi::S8>;
 using Ints = ffi::Buffer<ffi::S32>;
 using Floats = ffi::Buffer<ffi::F32>;
 
-Epilogue epilogue(int64_t products, Ints sums, Floats scale, Floats offset, Ints correction,
+Epilogue epilogue(int64_t products, Floats scale, Floats offset, Ints correction,
                   ffi::AnyBuffer residual, Floats residual_scale, Ints residual_zero,
                   Floats out_scale, Ints out_zero, float low, float high, ffi::AnyBuffer out) {
   Epilogue e;
   e.set_channels(int64_t(scale.element_count()), scale.typed_data(), offset.typed_data(),
-                 correction.typed_data(), sums.typed_data());
+                 correction.typed_data());
   // A residual of another size than the result stands for none.
   if (residual.element_count() == out.element_count()) {
     e.kind = residual.element_type() == ffi::S8 ? Residual::kCodes : Residual::kFloat;
@@ -45,38 +45,35 @@ Window window(Codes x, ffi::AnyBuffer out, ffi::Span<const int64_t> kernel,
           dilation[0],    dilation[1],    to[1],       to[2]};
 }
 
-ffi::Error dot_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints sums, Floats scale,
-                      Floats offset, Ints correction, ffi::AnyBuffer residual,
-                      Floats residual_scale, Ints residual_zero, Floats out_scale, Ints out_zero,
+ffi::Error dot_target(ffi::ThreadPool pool, Codes x, Codes weights, Floats scale, Floats offset,
+                      Ints correction, ffi::AnyBuffer residual, Floats residual_scale,
+                      Ints residual_zero, Floats out_scale, Ints out_zero,
                       ffi::Result<ffi::AnyBuffer> out, float low, float high) {
   const int64_t products = x.dimensions()[1];
-  const Epilogue e = epilogue(products, sums, scale, offset, correction, residual,
-                              residual_scale, residual_zero, out_scale, out_zero, low, high,
-                              *out);
+  const Epilogue e = epilogue(products, scale, offset, correction, residual, residual_scale,
+                              residual_zero, out_scale, out_zero, low, high, *out);
   const auto packed = weights.dimensions(), in = x.dimensions();
   dot(pool, in[0], in[1], x.typed_data(), {weights.typed_data(), packed[1], packed[0]}, e);
   return ffi::Error::Success();
 }
 
-ffi::Error conv_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints sums, Floats scale,
-                       Floats offset, Ints correction, ffi::AnyBuffer residual,
-                       Floats residual_scale, Ints residual_zero, Floats out_scale,
-                       Ints out_zero, Ints x_zero, ffi::Result<ffi::AnyBuffer> out, float low,
-                       float high, ffi::Span<const int64_t> kernel,
-                       ffi::Span<const int64_t> strides, ffi::Span<const int64_t> low_padding,
+ffi::Error conv_target(ffi::ThreadPool pool, Codes x, Codes weights, Floats scale, Floats offset,
+                       Ints correction, ffi::AnyBuffer residual, Floats residual_scale,
+                       Ints residual_zero, Floats out_scale, Ints out_zero, Ints x_zero,
+                       ffi::Result<ffi::AnyBuffer> out, float low, float high,
+                       ffi::Span<const int64_t> kernel, ffi::Span<const int64_t> strides, ffi::Span<const int64_t> low_padding,
                        ffi::Span<const int64_t> dilation) {
   const int64_t products = kernel[0] * kernel[1] * x.dimensions()[3];
-  const Epilogue e = epilogue(products, sums, scale, offset, correction, residual,
-                              residual_scale, residual_zero, out_scale, out_zero, low, high,
-                              *out);
+  const Epilogue e = epilogue(products, scale, offset, correction, residual, residual_scale,
+                              residual_zero, out_scale, out_zero, low, high, *out);
   const auto packed = weights.dimensions();
   convolve(pool, window(x, *out, kernel, strides, low_padding, dilation), x.typed_data(),
            int8_t(*x_zero.typed_data()), {weights.typed_data(), packed[1], packed[0]}, e);
   return ffi::Error::Success();
 }
 
-ffi::Error depthwise_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints sums,
-                            Floats scale, Floats offset, Ints correction, ffi::AnyBuffer residual,
+ffi::Error depthwise_target(ffi::ThreadPool pool, Codes x, Codes weights, Floats scale,
+                            Floats offset, Ints correction, ffi::AnyBuffer residual,
                             Floats residual_scale, Ints residual_zero, Floats out_scale,
                             Ints out_zero, Ints x_zero, ffi::Result<ffi::AnyBuffer> out,
                             float low, float high, ffi::Span<const int64_t> kernel,
@@ -84,13 +81,12 @@ ffi::Error depthwise_target(ffi::ThreadPool pool, Codes x, Codes weights, Ints s
                             ffi::Span<const int64_t> low_padding,
                             ffi::Span<const int64_t> dilation) {
   const int64_t products = kernel[0] * kernel[1];
-  const Epilogue e = epilogue(products, sums, scale, offset, correction, residual,
-                              residual_scale, residual_zero, out_scale, out_zero, low, high,
-                              *out);
+  const Epilogue e = epilogue(products, scale, offset, correction, residual, residual_scale,
+                              residual_zero, out_scale, out_zero, low, high, *out);
   const auto packed = weights.dimensions();
   depthwise(pool, window(x, *out, kernel, strides, low_padding, dilation), x.typed_data(),
             int8_t(*x_zero.typed_data()),
-            {weights.typed_data(), packed[0], packed[1], packed[2]}, e);
+            {weights.typed_data(), packed[0], packed[1]}, e);
   return ffi::Error::Success();
 }
 
@@ -100,7 +96,6 @@ auto binding() {
       .Ctx<ffi::ThreadPool>()
       .Arg<Codes>()           // x
       .Arg<Codes>()           // weights
-      .Arg<Ints>()            // sums of the weights
       .Arg<Floats>()          // scale
       .Arg<Floats>()          // offset
       .Arg<Ints>()            // correction
