@@ -10,7 +10,8 @@ the tensor names of Hugging Face's `BertForQuestionAnswering`, which this makes 
 encoder and SQuAD's training data:
 
 python experiments/finetune_bert.py squad --encoder model.safetensors --tokenizer tokenizer.json \\
-  --train train-v1.1.json --test xquad.en.json --out minilm_qa.safetensors --results runs/minilm_qa
+  --train train-v1.1.json --test xquad.en.json --max-length 384 --doc-stride 128 --group-lengths \\
+  --out minilm_qa.safetensors --results runs/minilm_qa
 """
 
 from jaxrmils.cli.defaults import base_config
