@@ -55,8 +55,8 @@ class Layout:
       sharding: of the examples' axis, such as `NamedSharding(mesh, PartitionSpec("data"))`.
 
     Raises:
-      PlacementError: it splits another axis, leaves a process without devices, or gives two
-        processes parts that overlap without being the same.
+      PlacementError: it splits another axis, leaves a process without devices, gives two
+        processes parts that overlap without being the same, or a mesh with explicit axes is set.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> Layout(NamedSharding(mesh, PartitionSpec("data"))).shards
@@ -69,6 +69,7 @@ class Layout:
                 f"sharding is {sharding}; expected how the examples' axis, and no other, is split "
                 "over a mesh, such as NamedSharding(mesh, PartitionSpec('data'))"
             )
+        _check_no_explicit_axes()
         self.mesh = _automatic(sharding.mesh)
         self.sharding = NamedSharding(self.mesh, PartitionSpec(*sharding.spec[:1]))
         axes = (sharding.spec[0] if len(sharding.spec) else None) or ()
@@ -312,6 +313,9 @@ def with_params(params: Any, sharding: NamedSharding | None) -> Any:
     Those that lie on the mesh's devices stay as they are, however they are sharded; others are
     copied to every device. Without a sharding all stay where they are. Explicit axes of their mesh
     become automatic ones, without moving data.
+
+    Raises:
+      PlacementError: parameters lie on a mesh, or are to, while one with explicit axes is set.
     """
     if sharding is None:
         return jax.tree.map(_with_automatic_axes, params)
@@ -330,6 +334,7 @@ def _with_automatic_axes(x: Any) -> Any:
     placed = x.sharding if isinstance(x, jax.Array) else None
     if not isinstance(placed, NamedSharding):
         return x
+    _check_no_explicit_axes()
     automatic = _automatic(placed.mesh)
     same = placed.mesh is automatic
     return x if same else jax.device_put(x, NamedSharding(automatic, placed.spec))
@@ -348,6 +353,24 @@ def _automatic(mesh: Any) -> Mesh:
     `jax.make_mesh` makes axes that are part of the types of values, which equations that were
     traced without them don't have.
     """
-    if all(kind == AxisType.Auto for kind in mesh.axis_types):
+    if _all_automatic(mesh):
         return mesh
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def _check_no_explicit_axes() -> None:
+    """Raises PlacementError under `jax.set_mesh` of explicit axes, where operations refuse others.
+
+    The mesh is read with automatic ones, which a traced program needs.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and not _all_automatic(mesh):
+        raise PlacementError(
+            f"jax.set_mesh has set a mesh with explicit axes, {mesh.axis_names}, which a traced "
+            "program does not have; call this outside of it, or set a mesh that is made with "
+            "axis_types=(jax.sharding.AxisType.Auto,) * n"
+        )
+
+
+def _all_automatic(mesh: Any) -> bool:
+    return all(kind == AxisType.Auto for kind in mesh.axis_types)

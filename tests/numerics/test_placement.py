@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxrmils.numerics.placement import (
     Layout,
@@ -78,3 +78,16 @@ def test_an_error_of_the_reader_is_passed_on():
     next(batches)
     with pytest.raises(OSError, match="disk"):
         next(batches)
+
+
+def test_explicit_axes_that_are_set_are_refused():
+    """Operations of a traced program have automatic axes, and JAX refuses a mix of both."""
+    there = jax.device_put(np.ones(3), sharding())
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        with pytest.raises(PlacementError, match=r"explicit axes, \('data',\).* outside of it"):
+            with_params({"w": np.ones(3)}, sharding("data"))
+        with pytest.raises(PlacementError, match=r"AxisType\.Auto"):
+            with_params({"w": there}, None)
+        assert with_params({"w": np.ones(3)}, None)["w"].sum() == 3
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))):
+        assert with_params({"w": there}, sharding("data"))["w"].sum() == 3
