@@ -439,9 +439,6 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--weights", type=Path, help="a checkpoint, with one model (random)")
     parser.add_argument("--calls", type=int, default=2000, help="calls for the overhead (2000)")
-    parser.add_argument(
-        "--keep-memory", action="store_true", help="jaxrmils.keep_memory, for all that is timed"
-    )
     parser.add_argument("--quick", action="store_true", help="tiny networks, batch 2, 2 rounds")
     parser.add_argument("--output", type=Path, help="JSON file; what it holds of others is kept")
     options = parser.parse_args()
@@ -463,8 +460,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Runs the benchmark."""
     options = parse()
-    if options.keep_memory:
-        jr.keep_memory()
     console = Console(width=140)
     facts = {**environment(), "rounds": options.rounds, "weights": str(options.weights or "random")}
     path = options.output

@@ -35,7 +35,6 @@ from jaxrmils.graph import tabulate as tabulate
 from jaxrmils.graph import trace as trace
 from jaxrmils.lowering import QuantizedModel as QuantizedModel
 from jaxrmils.lowering import quantize as quantize
-from jaxrmils.lowering.kept_memory import keep_memory as keep_memory
 from jaxrmils.lowering.modules import QuantizedVariable as QuantizedVariable
 from jaxrmils.lowering.modules import as_linen as as_linen
 from jaxrmils.lowering.modules import as_nnx as as_nnx
