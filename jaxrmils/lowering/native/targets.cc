@@ -61,7 +61,8 @@ ffi::Error conv_target(ffi::ThreadPool pool, Codes x, Codes weights, Floats scal
                        Ints correction, ffi::AnyBuffer residual, Floats residual_scale,
                        Ints residual_zero, Floats out_scale, Ints out_zero, Ints x_zero,
                        ffi::Result<ffi::AnyBuffer> out, float low, float high,
-                       ffi::Span<const int64_t> kernel, ffi::Span<const int64_t> strides, ffi::Span<const int64_t> low_padding,
+                       ffi::Span<const int64_t> kernel, ffi::Span<const int64_t> strides,
+                       ffi::Span<const int64_t> low_padding,
                        ffi::Span<const int64_t> dilation) {
   const int64_t products = kernel[0] * kernel[1] * x.dimensions()[3];
   const Epilogue e = epilogue(products, scale, offset, correction, residual, residual_scale,
