@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import numpy as np
 from jaxrmils.graph import Graph, Site, SiteCall, compat, interpret
 from jaxrmils.graph.program import Call, Program, SiteStep
 from jaxrmils.graph.reads import MAX_POOL
+from jaxrmils.lowering.in_parts import examples_at_once, in_parts
 from jaxrmils.lowering.integer_dot import BACKENDS
 from jaxrmils.lowering.kernel_forms import is_depthwise, why_no_kernel
 from jaxrmils.lowering.max_pool import run_max_pool
@@ -113,12 +114,14 @@ class NativeModel:
       params: its parameters, packed.
       reasons: per site that has no native kernel, why.
       unread: names of leaves that the parameters lack, since vectors were made of them.
+      at_once: how many examples run at a time; larger batches run in parts. None for all.
     """
 
     model: QuantizedModel
     params: NativeParams
     reasons: Mapping[str, str]
     unread: frozenset[str] = frozenset()
+    at_once: int | None = None
 
     def __call__(self, inputs: Any) -> Any:
         """The outputs for a batch, with the model's own parameters, compiled for its shapes.
@@ -148,7 +151,8 @@ class NativeModel:
         Returns:
           What the float model's apply returns.
         """
-        return _run(self.model, params, inputs, {}, self.unread)
+        run = functools.partial(_run, self.model, params, made={}, unread=self.unread)
+        return in_parts(run, inputs, self.at_once)
 
 
 def _run(
@@ -178,19 +182,26 @@ def _run(
     )[0]
 
 
-def native(model: QuantizedModel) -> NativeModel:
+def native(model: QuantizedModel, *, at_once: int | Literal["auto"] | None = "auto") -> NativeModel:
     """The model on native CPU kernels, which are compiled when they are first used.
 
     Args:
       model: from `quantize` or `load_model`, for CPU.
+      at_once: how many examples run at a time; larger batches run in parts, in a loop, with the
+        same outputs and less memory. "auto" for as many as have 32 MB of temporaries, since glibc
+        maps larger allocations anew in every call; None for all.
 
     Returns:
       A model with the same plan; the given one stays as it is.
 
     Raises:
-      LoweringError: the model is for another backend, or the kernels can't be compiled or run on
-        this machine; it says why.
+      LoweringError: the model is for another backend, the kernels can't be compiled or run on this
+        machine (it says why), or `at_once` is no number of examples.
     """
+    if at_once not in ("auto", None) and not (type(at_once) is int and at_once > 0):
+        raise LoweringError(
+            f"at_once is {at_once!r}; expected a number of examples from 1 on, 'auto' or None"
+        )
     if model.backend != "cpu":
         raise LoweringError(
             f"the model is for {model.backend!r} (of {', '.join(BACKENDS)}); native kernels are "
@@ -221,7 +232,10 @@ def native(model: QuantizedModel) -> NativeModel:
     packed = dataclasses.replace(packed, weights=weights, vectors=vectors)
     unread = _unread(model, packed)
     leaves = {name: leaf for name, leaf in params.leaves.items() if name not in unread}
-    return NativeModel(model, dataclasses.replace(packed, leaves=leaves), reasons, unread)
+    made = NativeModel(model, dataclasses.replace(packed, leaves=leaves), reasons, unread)
+    if at_once == "auto":
+        at_once = examples_at_once(made.apply, made.params, graph.example)
+    return dataclasses.replace(made, at_once=at_once)
 
 
 def _without(weight: NativeWeight, made: Mapping[str, Vectors]) -> NativeWeight:

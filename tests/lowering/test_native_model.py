@@ -14,7 +14,7 @@ from stages import traced
 
 import jaxrmils as jr
 from jaxrmils.graph import compat
-from jaxrmils.lowering import native_model
+from jaxrmils.lowering import in_parts, native_model
 from jaxrmils.lowering.native import kernels
 from jaxrmils.lowering.pending_product import clamp_of
 from jaxrmils.lowering.sites import LoweringError
@@ -164,6 +164,32 @@ def test_it_works_under_vmap():
     both = jax.vmap(lambda x: found.apply(found.params, x))(batches)
     for one, x in zip(both, batches, strict=True):
         close(one, found(x))
+
+
+def test_large_batches_run_in_parts():
+    model = made(net, PARAMS, X)
+    whole, parts = jr.native(model, at_once=None), jr.native(model, at_once=3)
+    x = random(7, *X.shape[1:], seed=10)
+    np.testing.assert_array_equal(parts(x), whole(x))
+    assert "while" in jax.jit(parts.apply).lower(parts.params, x).as_text()
+    assert "while" not in jax.jit(parts.apply).lower(parts.params, x[:3]).as_text()
+    stacked = jnp.stack([x, 2 * x])
+    both = [jax.vmap(lambda x, m=m: m.apply(m.params, x))(stacked) for m in (whole, parts)]
+    np.testing.assert_allclose(*both, rtol=1e-5)
+    with pytest.raises(LoweringError, match="at_once is 0; expected a number of examples from 1"):
+        jr.native(model, at_once=0)
+
+
+def test_parts_are_as_large_as_temporaries_allow(monkeypatch):
+    model = made(net, PARAMS, X)
+    assert jr.native(model).at_once > 100
+    monkeypatch.setattr(in_parts, "TEMPORARY_BYTES", 20_000)
+    assert 1 <= jr.native(model).at_once < 20
+    # Examples of a batch that has outputs of its own can't be told apart.
+    total = made(lambda p, x: (net(p, x), net(p, x).sum()), PARAMS, X)
+    assert jr.native(total).at_once is None
+    found, expected = jr.native(total)(X), total(X)
+    close(found, expected)
 
 
 def test_what_several_operations_read_is_computed_once(emitted):
