@@ -30,6 +30,7 @@ from jaxrmils.graph.expression import (
     leaf_indices,
     ordered,
 )
+from jaxrmils.graph.functions import Function
 from jaxrmils.graph.pending import Pending, settled
 from jaxrmils.graph.program import Bind, Call, Program, SiteStep, is_max_pool
 from jaxrmils.graph.sites import Site
@@ -313,8 +314,11 @@ def run(program: Program, args: Sequence[Any], scope: Scope) -> tuple[list[Any],
     reads = program.reads
     by_sites = reads.by_sites(scope.shares)
 
-    for step in program.steps:
-        if isinstance(step, Bind):
+    for step in program.joined:
+        if isinstance(step, Function):
+            outvars = (step.result,)
+            results = [_applied(step, read(step.operand), scope)]
+        elif isinstance(step, Bind):
             outvars = step.eqn.outvars
             inputs = _bind_inputs(step.eqn, read)
             if is_max_pool(step):
@@ -348,6 +352,19 @@ def _bound(eqn: compat.JaxprEqn, inputs: Sequence[Any], scope: Scope) -> Sequenc
                 return [result]
     bind = scope.operations.get(eqn.primitive.name, compat.bind)
     return bind(eqn, [settled(operand) for operand in inputs])
+
+
+def _applied(function: Function, operand: Any, scope: Scope) -> Any:
+    """What a function gives; a pending operand may take it along."""
+    if isinstance(operand, Pending):
+        result = operand.applied(function.name)
+        if result is not None:
+            return result
+    values = {function.operand: settled(operand)}
+    for eqn in function.eqns:
+        inputs = [None if isinstance(v, compat.Literal) else values[v] for v in eqn.invars]
+        (values[eqn.outvars[0]],) = _bound(eqn, inputs, scope)
+    return values[function.result]
 
 
 def _bind_inputs(eqn: compat.JaxprEqn, read: Callable[[Any], Any]) -> list[Any]:

@@ -30,6 +30,14 @@ class Pending(abc.ABC):
           position: where this one stands among them.
         """
 
+    def applied(self, name: str) -> Any:
+        """A function of it, itself pending; None if it can't wait for that.
+
+        Args:
+          name: of `jaxrmils.graph.functions.FUNCTIONS`.
+        """
+        return None
+
 
 def settled(value: Any) -> Any:
     """An array, computed now if it is pending."""

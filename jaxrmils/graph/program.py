@@ -7,13 +7,15 @@ takes over, and calls (`jit`, `remat`, `scan`, `cond`, custom derivatives) that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from jaxrmils.graph import compat
 from jaxrmils.graph.expression import Expression
+from jaxrmils.graph.functions import MOST_EQUATIONS, Function, find_function
 from jaxrmils.graph.reads import MAX_POOL, Reads, find_reads
 from jaxrmils.graph.sites import Loop
 
@@ -85,16 +87,34 @@ class Program:
     site_indices: tuple[int, ...]
 
     @cached_property
-    def reads(self) -> Reads:
-        """Who reads which value."""
-        steps = []
-        for step in self.steps:
-            if isinstance(step, SiteStep):
-                steps.append((step.index, step.eqn.invars))
-            elif isinstance(step, Bind):
-                steps.append((None, step.eqn.invars))
+    def joined(self) -> tuple[Step | Function, ...]:
+        """The steps, with equations that are one function of one value as one step."""
+        eqns = [step.eqn if isinstance(step, Bind) else None for step in self.steps]
+        counts = Counter(
+            atom
+            for atoms in (*map(_atoms, self.steps), self.outputs)
+            for atom in atoms
+            if not isinstance(atom, compat.Literal)
+        )
+        found: list[Step | Function] = []
+        position = 0
+        while position < len(self.steps):
+            function = find_function(eqns[position : position + MOST_EQUATIONS])
+            if function is not None and _is_closed(function, counts):
+                found.append(function)
+                position += len(function.eqns)
             else:
-                steps.append((None, _read_by(step)))
+                found.append(self.steps[position])
+                position += 1
+        return tuple(found)
+
+    @cached_property
+    def reads(self) -> Reads:
+        """Who reads which value, where functions are one step."""
+        steps = [
+            (step.index if isinstance(step, SiteStep) else None, _atoms(step))
+            for step in self.joined
+        ]
         return find_reads(steps, self.outputs, self.known)
 
 
@@ -103,7 +123,21 @@ def is_max_pool(step: Bind) -> bool:
     return step.eqn.primitive.name == MAX_POOL
 
 
-def _read_by(call: Call) -> list[Any]:
-    """All outer variables that a call reads; a `cond` also its index."""
-    atoms = [atom for arguments in call.arguments for atom in arguments]
-    return [*call.eqn.invars[:1], *atoms] if call.kind == "cond" else atoms
+def _atoms(step: Step | Function) -> Sequence[Any]:
+    """All variables and literals that a step reads; of a call, its outer ones."""
+    match step:
+        case Function():
+            return [step.operand]
+        case Call():
+            atoms = [atom for arguments in step.arguments for atom in arguments]
+            return [*step.eqn.invars[:1], *atoms] if step.kind == "cond" else atoms
+    return step.eqn.invars
+
+
+def _is_closed(function: Function, counts: Mapping[Any, int]) -> bool:
+    """Are the results of its equations, but the last, read by them alone?"""
+    own = Counter(
+        atom for eqn in function.eqns for atom in eqn.invars if not isinstance(atom, compat.Literal)
+    )
+    between = [eqn.outvars[0] for eqn in function.eqns[:-1]]
+    return all(counts[var] == own[var] for var in between)

@@ -376,6 +376,7 @@ def _product(
             residual_grid=None if residual_grid is None else _pair(residual_grid),
             low=tail.low,
             high=tail.high,
+            function=tail.function,
             grid=None if grid is None else _pair(grid),
         )
         with jax.named_scope(site_scope(name)):

@@ -3,7 +3,8 @@
     y = (scale acc + offset) + residual, then clamped, then perhaps rounded to the codes of a grid
 
 is what most layers do before the next one reads them: rescaling, batch normalization or a bias, a
-shortcut, an activation, quantization. A product starts with its rescaling and takes along what the
+shortcut, an activation, quantization. A smooth activation (`graph.functions`) may stand between
+scale and offset and the codes. A product starts with its rescaling and takes along what the
 interpreter offers it; whatever does not fit this form computes it.
 
 Several products and sums by channel become one of each, so results differ in the last digits from
@@ -22,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from jaxrmils.graph import compat
+from jaxrmils.graph.functions import FUNCTIONS
 from jaxrmils.graph.pending import Pending, settled
 from jaxrmils.graph.reads import MAX_POOL
 from jaxrmils.lowering.max_pool import can_shift, run_max_pool, shifted_max_pool
@@ -54,6 +56,7 @@ class Tail:
       residual: float32 of the result's shape, or int8 codes of it; None for none.
       residual_grid: of codes.
       low, high: the clamp, infinite for none.
+      function: of `FUNCTIONS`, after scale and offset; then there is nothing else.
     """
 
     scale: Float32[Array, " channels"]
@@ -62,11 +65,12 @@ class Tail:
     residual_grid: QuantParams | None = None
     low: float = -math.inf
     high: float = math.inf
+    function: str | None = None
 
     @property
     def is_linear(self) -> bool:
         """Nothing but a scale and an offset yet."""
-        return self.residual is None and not self.is_clamped
+        return self.residual is None and not self.is_clamped and self.function is None
 
     @property
     def is_clamped(self) -> bool:
@@ -97,7 +101,11 @@ class Product(Coded):
 
     def value(self) -> Any:
         """float32 of its shape."""
-        if self._value is None:
+        if self._value is None and self.tail.function is not None:
+            # In float XLA's own; codes do not show the last digits of a kernel's.
+            linear = self.emit(dataclasses.replace(self.tail, function=None), None)
+            self._value = FUNCTIONS[self.tail.function](linear)
+        elif self._value is None:
             self._value = self.emit(self.tail, None)
         return self._value
 
@@ -116,6 +124,8 @@ class Product(Coded):
             return Reshaped(self, tuple(compat.abstract(eqn.outvars[0]).shape))
         out = compat.abstract(eqn.outvars[0])
         if tuple(out.shape) != self.shape or out.dtype != jnp.float32:
+            return None
+        if self.tail.function is not None:
             return None
         if (bounds := clamp_of(eqn)) is not None:
             return self._with(_clamped(self.tail, bounds))
@@ -136,6 +146,12 @@ class Product(Coded):
         if eqn.primitive.name == "add" and self.tail.is_linear and same:
             return self._with(_with_residual(self.tail, other))
         return None
+
+    def applied(self, name: str) -> Product | None:
+        """Itself with a function behind scale and offset; None behind anything else."""
+        if not self.tail.is_linear:
+            return None
+        return self._with(dataclasses.replace(self.tail, function=name))
 
     def _with(self, tail: Tail) -> Product:
         return Product(self.emit, tail, self.shape)

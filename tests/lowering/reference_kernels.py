@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrmils.graph.functions import FUNCTIONS
 from jaxrmils.lowering.integer_conv import conv_int32
 from jaxrmils.lowering.integer_dot import dot_int32
 from jaxrmils.lowering.native.kernels import Epilogue
@@ -37,6 +38,8 @@ def finished(total, codes, e: Epilogue):
             r = scale * (r.astype(jnp.int32) - zero).astype(jnp.float32)
         assert r.shape == y.shape
         y = y + r
+    if e.function is not None:
+        y = FUNCTIONS[e.function](y)
     y = jnp.clip(y, e.low, e.high)
     return y if e.grid is None else quantize(y, QuantParams(*e.grid, 8, False))
 

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import special
 
+from jaxrmils.graph.functions import FUNCTIONS
 from jaxrmils.lowering.native import build, kernels
 from jaxrmils.lowering.native.kernels import (
     Epilogue,
@@ -156,6 +158,57 @@ def check_conv(shape, kernel, features, window, seed, extreme, choices):
     packed, e = pack(jnp.asarray(w)), with_weights(epilogue, w)
     actual = function(jnp.asarray(x), packed, e, jnp.int32(x_zero))
     assert_same(actual, finished(sums, epilogue))
+
+
+EXACT = {
+    "gelu": special.ndtr,
+    "gelu_tanh": lambda x: special.expit(np.sqrt(8 / np.pi) * (x + 0.044715 * x**3)),
+    "silu": special.expit,
+}
+
+
+def check_function(name, shape, kernel, features, seed):
+    """A kernel's function of its own linear results, and the codes of that."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(random_codes(rng, shape))
+    inputs = shape[-1] if features else 1
+    w = random_codes(rng, (*kernel, inputs, features or shape[-1]))
+    run, pack = (conv, pack_conv) if features else (depthwise, pack_depthwise)
+    packed = pack(jnp.asarray(w))
+    function = jax.jit(lambda e: run(x, packed, e, x_zero=jnp.int32(3), **SAME))
+    sums = jax.eval_shape(
+        function, Epilogue(*[jnp.ones(w.shape[-1])] * 2, jnp.ones(w.shape[-1], int))
+    )
+    linear = random_epilogue(
+        rng, sums.shape, residual="none", clamp="none", codes=False, spread=2000 * w[..., 0].size
+    )
+    linear = dataclasses.replace(linear, scale=linear.scale * 20)
+    before = np.asarray(function(linear), np.float64)
+    assert before.min() < -6 and before.max() > 6  # beyond both ends
+    after = function(dataclasses.replace(linear, function=name))
+    expected = before * EXACT[name](before)
+    error = np.abs(np.asarray(after, np.float64) - expected)
+    assert np.all(error <= 1.2e-7 * np.maximum(1, np.abs(expected)))
+    for scale, zero in ((0.05, -100), (1e-9, 3)):  # the second may not fit in int32
+        grid = (jnp.float32(scale), jnp.int32(zero))
+        codes = function(dataclasses.replace(linear, function=name, grid=grid))
+        assert_same(codes, np.asarray(quantize(after, QuantParams(*grid, 8, False))))
+    clamped = function(dataclasses.replace(linear, function=name, low=0.5, high=2.0))
+    assert_same(clamped, np.clip(np.asarray(after), np.float32(0.5), np.float32(2.0)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("features", [21, None])
+def test_functions_equal_numpy(name, features):
+    check_function(name, (2, 9, 8, 35), (3, 3), features, 0)
+
+
+def test_functions_are_known_by_name():
+    x, w, e = dot_arguments()
+    with pytest.raises(ValueError, match="function 'tanh'; kernels know gelu, gelu_tanh, silu"):
+        dot(x, w, dataclasses.replace(e, function="tanh"))
+    assert set(EXACT) == set(FUNCTIONS)
 
 
 @needs_kernels
@@ -377,6 +430,8 @@ for seed in range(4):
     t.check_dot(5, 37, 50, seed, True, choices)
     t.check_conv((2, 9, 8, 5), (3, 2), 20, t.HALVED, seed, True, choices)
     t.check_conv((2, 9, 8, 35), (3, 3), None, t.SAME, seed, True, choices)
+for name in t.EXACT:
+    t.check_function(name, (2, 9, 8, 35), (3, 3), 21, 0)
 """
 
 

@@ -14,6 +14,7 @@ from stages import traced
 
 import jaxrmils as jr
 from jaxrmils.graph import compat
+from jaxrmils.graph.functions import FUNCTIONS
 from jaxrmils.lowering import in_parts, native_model
 from jaxrmils.lowering.native import kernels
 from jaxrmils.lowering.pending_product import clamp_of
@@ -193,16 +194,55 @@ def test_parts_are_as_large_as_temporaries_allow(monkeypatch):
 
 
 def test_what_several_operations_read_is_computed_once(emitted):
-    def gelu(p, x):
-        h = jax.nn.gelu(x @ p["a"] + p["bias"][None], approximate=False)
-        return h @ p["b"]
+    def mish(p, x):
+        h = x @ p["a"] + p["bias"][None]
+        return (h * jnp.tanh(jax.nn.softplus(h))) @ p["b"]
 
     params = {"a": random(8, 8), "b": random(8, 8, seed=2), "bias": random(8, seed=3)}
-    model = made(gelu, params, random(6, 8, seed=4))
+    model = made(mish, params, random(6, 8, seed=4))
     found = jr.native(model)
     emitted.clear()
     close(found(random(6, 8, seed=5)), model(random(6, 8, seed=5)))
     assert [(name, codes) for name, *_, codes in emitted] == [("dot", False)] * 2
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_smooth_activations_are_taken_along(name, emitted, monkeypatch):
+    function, asked = FUNCTIONS[name], []
+
+    def smooth(p, x):
+        h = function(x @ p["a"] + p["bias"][None])
+        return h @ p["b"]
+
+    def in_float(p, x):  # read twice, and once behind a clamp
+        h = function(x @ p["a"] + p["bias"][None])
+        return h @ p["b"], h, function(jax.nn.relu(x @ p["a"])) @ p["b"]
+
+    run = reference_kernels.dot
+    monkeypatch.setattr(
+        reference_kernels, "dot", lambda x, w, e: asked.append(e.function) or run(x, w, e)
+    )
+    params = {"a": random(8, 8), "b": random(8, 8, seed=2), "bias": random(8, seed=3)}
+    for apply, expected in ((smooth, [name, None]), (in_float, [None] * 4)):
+        model = made(apply, params, random(6, 8, seed=4))
+        found = jr.native(model, at_once=None)
+        asked.clear()
+        x = random(6, 8, seed=5)
+        close(found.apply(found.params, x), model(x))
+        assert asked == expected
+
+
+@pytest.mark.real
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_convolution_and_a_smooth_activation(name):
+    def smooth(p, x):
+        h = FUNCTIONS[name](conv(x, p["stem"]) * p["factor"][None, None, None])
+        h = FUNCTIONS[name](conv(h, p["deep"], groups=8) + p["bias"][None, None, None])
+        return conv(h, p["b"])
+
+    model = made(smooth, PARAMS, X)
+    close(jr.native(model)(X), model(X))
 
 
 def test_heads_are_split_in_codes(emitted):

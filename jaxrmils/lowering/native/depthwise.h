@@ -298,7 +298,8 @@ struct DepthwiseBlock {
     const Window& g = part.g;
     const DepthwiseWeights& w = part.w;
     prepare();
-    const bool here = part.e.codes && part.e.in_int32 && part.e.kind == Residual::kNone;
+    const bool here = part.e.codes && part.e.in_int32 && part.e.kind == Residual::kNone &&
+                      !part.e.function.table;
     const int64_t taps = w.quads * g.kernel_width;
     const int64_t together = sharing_rows(g, w);
     const int64_t span = (g.kernel_width - 1) * g.dilation_w + 1;

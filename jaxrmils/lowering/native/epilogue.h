@@ -1,8 +1,10 @@
 // What happens to an int32 sum before it is written: see `Epilogue` in kernels.py.
 //
-//   y = float32(sum + c[o]) * a[o] + b[o] + residual, between low and high,
+//   y = f(float32(sum + c[o]) * a[o] + b[o] + residual), between low and high,
 //
-// every operation rounded on its own, then y itself or the code clip(rint(y / s) + z, -128, 127).
+// every operation but f rounded on its own, then y itself or the code
+// clip(rint(y / s) + z, -128, 127). f is nothing, or max(x, 0) plus a polynomial in |x| on each of
+// 16 intervals (see functions.py).
 
 #pragma once
 
@@ -19,6 +21,23 @@ enum class Residual { kNone, kFloat, kCodes };
 // What is written: floats, codes of any values, codes of values that are `in_int32`.
 enum class Result { kFloat, kCodes, kCodesInInt32 };
 
+// f: coefficients of ascending powers, a row of 16 intervals each, and intervals per unit.
+struct Function {
+  const float* table = nullptr;  // none: f is nothing
+  int64_t rows = 0;
+  float per_unit = 0;
+
+  float operator()(float x) const {
+    const float t = std::fabs(x) * per_unit;
+    if (!(t < kLanes)) return x < 0 ? 0 : x;
+    const int interval = int(t);
+    const float u = t - (float(interval) + 0.5f);
+    float h = 0;
+    for (int64_t j = rows; j-- > 0;) h = h * u + table[j * kLanes + interval];
+    return (x < 0 ? 0 : x) + h;
+  }
+};
+
 struct Epilogue {
   // Per output channel, filled up with zeros to whole vectors.
   std::vector<float> scale, offset;
@@ -27,6 +46,7 @@ struct Epilogue {
   const void* residual = nullptr;
   float residual_scale = 1;
   int32_t residual_zero = 0;
+  Function function;  // its magnitude is never above that of what it is of
   float low = -INFINITY, high = INFINITY;
   bool codes = false;  // int8 out
   float out_scale = 1;
@@ -107,8 +127,24 @@ inline void store_codes(int8_t* to, __mmask16 some, __m128i codes) {
   }
 }
 
+inline __m512 apply(const Function& f, __m512 x) {
+  const __m512 t = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(f.per_unit));
+  const __mmask16 near = _mm512_cmp_ps_mask(t, _mm512_set1_ps(kLanes), _CMP_LT_OQ);
+  const __m512i interval = _mm512_cvttps_epi32(t);
+  const __m512 middle = _mm512_add_ps(_mm512_cvtepi32_ps(interval), _mm512_set1_ps(0.5f));
+  const __m512 u = _mm512_sub_ps(t, middle);
+  const float* row = f.table + (f.rows - 1) * kLanes;
+  __m512 h = _mm512_permutexvar_ps(interval, _mm512_loadu_ps(row));
+  for (int64_t j = f.rows - 1; j > 0; --j) {
+    row -= kLanes;
+    h = _mm512_fmadd_ps(h, u, _mm512_permutexvar_ps(interval, _mm512_loadu_ps(row)));
+  }
+  const __m512 positive = _mm512_max_ps(_mm512_setzero_ps(), x);
+  return _mm512_mask_add_ps(positive, near, positive, h);
+}
+
 // Writes a vector of the result, whose first element is number `at`.
-template <Residual kind, Result result>
+template <Residual kind, Result result, bool kFunction>
 inline void finish_vector(const Epilogue& e, const EpilogueVectors& k, __m512i sum, __m512 scale,
                           __m512 offset, int64_t at, __mmask16 some) {
   __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), offset);
@@ -121,6 +157,7 @@ inline void finish_vector(const Epilogue& e, const EpilogueVectors& k, __m512i s
     const __m512 steps = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, k.residual_zero));
     y = _mm512_add_ps(y, _mm512_mul_ps(k.residual_scale, steps));
   }
+  if constexpr (kFunction) y = apply(e.function, y);
   if constexpr (result != Result::kCodesInInt32) {
     y = _mm512_min_ps(_mm512_max_ps(y, k.low), k.high);
   }
@@ -140,7 +177,7 @@ inline __mmask16 existing(int64_t channels) {
   return channels >= kLanes ? 0xffff : __mmask16((1u << channels) - 1);
 }
 
-template <Residual kind, Result result>
+template <Residual kind, Result result, bool kFunction>
 void finish_rows(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t rows,
                  int64_t row, int64_t channel, int64_t count) {
   const EpilogueVectors k(e);
@@ -151,14 +188,14 @@ void finish_rows(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t 
     int64_t at = row * e.channels + o;
     for (int64_t i = 0; i < rows; ++i, at += e.channels) {
       const __m512i sum = _mm512_loadu_si512(sums + i * pitch);
-      finish_vector<kind, result>(e, k, sum, scale, offset, at, some);
+      finish_vector<kind, result, kFunction>(e, k, sum, scale, offset, at, some);
     }
   }
 }
 
 #else
 
-template <Residual kind, Result result>
+template <Residual kind, Result result, bool kFunction>
 void finish_rows(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t rows,
                  int64_t row, int64_t channel, int64_t count) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -174,6 +211,7 @@ void finish_rows(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t 
         const float r = e.residual_scale * float(steps);
         y = y + r;
       }
+      if (kFunction) y = e.function(y);
       y = std::fmin(std::fmax(y, e.low), e.high);
       if (result != Result::kFloat) {
         static_cast<int8_t*>(e.out)[at] = e.quantized(y);
@@ -194,15 +232,22 @@ inline void finish(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_
                           int64_t);
   using K = Residual;
   using R = Result;
-  static constexpr Finish choices[3][3] = {
-      {finish_rows<K::kNone, R::kFloat>, finish_rows<K::kNone, R::kCodes>,
-       finish_rows<K::kNone, R::kCodesInInt32>},
-      {finish_rows<K::kFloat, R::kFloat>, finish_rows<K::kFloat, R::kCodes>,
-       finish_rows<K::kFloat, R::kCodesInInt32>},
-      {finish_rows<K::kCodes, R::kFloat>, finish_rows<K::kCodes, R::kCodes>,
-       finish_rows<K::kCodes, R::kCodesInInt32>}};
+  static constexpr Finish choices[2][3][3] = {
+      {{finish_rows<K::kNone, R::kFloat, false>, finish_rows<K::kNone, R::kCodes, false>,
+        finish_rows<K::kNone, R::kCodesInInt32, false>},
+       {finish_rows<K::kFloat, R::kFloat, false>, finish_rows<K::kFloat, R::kCodes, false>,
+        finish_rows<K::kFloat, R::kCodesInInt32, false>},
+       {finish_rows<K::kCodes, R::kFloat, false>, finish_rows<K::kCodes, R::kCodes, false>,
+        finish_rows<K::kCodes, R::kCodesInInt32, false>}},
+      {{finish_rows<K::kNone, R::kFloat, true>, finish_rows<K::kNone, R::kCodes, true>,
+        finish_rows<K::kNone, R::kCodesInInt32, true>},
+       {finish_rows<K::kFloat, R::kFloat, true>, finish_rows<K::kFloat, R::kCodes, true>,
+        finish_rows<K::kFloat, R::kCodesInInt32, true>},
+       {finish_rows<K::kCodes, R::kFloat, true>, finish_rows<K::kCodes, R::kCodes, true>,
+        finish_rows<K::kCodes, R::kCodesInInt32, true>}}};
   const R result = !e.codes ? R::kFloat : e.in_int32 ? R::kCodesInInt32 : R::kCodes;
-  choices[int(e.kind)][int(result)](e, sums, pitch, rows, row, channel, count);
+  const bool function = e.function.table != nullptr;
+  choices[function][int(e.kind)][int(result)](e, sums, pitch, rows, row, channel, count);
 }
 
 }  // namespace jaxrmils

@@ -186,7 +186,7 @@ inline Tile choose([[maybe_unused]] Here here, int64_t rows, int64_t panels) {
 // Whether tiles finish their results themselves.
 inline Here where([[maybe_unused]] const Epilogue& e, [[maybe_unused]] int64_t quads) {
 #ifdef JAXRMILS_VNNI
-  if (e.codes && e.in_int32 && quads <= kHereQuads) {
+  if (e.codes && e.in_int32 && !e.function.table && quads <= kHereQuads) {
     if (e.kind == Residual::kNone) return Here::kCodes;
     if (e.kind == Residual::kCodes) return Here::kCodesWithResidual;
   }

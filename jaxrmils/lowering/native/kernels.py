@@ -5,9 +5,10 @@ XLA:CPU writes the sums and reads them back; these kernels finish a few rows at 
 their sums are in registers. With S the sums of (x + 128) w over taps and channels, and output
 channel o,
 
-    y = float32(S + correction[o]) * scale[o] + offset[o] + residual, between low and high,
+    y = f(float32(S + correction[o]) * scale[o] + offset[o] + residual), between low and high,
 
-every operation rounded to float32 on its own, in this order. The result is y, or its codes
+every operation rounded to float32 on its own, in this order; f is nothing, or a function of
+`functions`, which is within 1e-7 of its value where that is below 1. The result is y, or its codes
 
     clip(round(y / grid_scale) + grid_zero_point, -128, 127)
 
@@ -30,6 +31,7 @@ from jaxtyping import Array, Float32, Int8, Int32
 
 from jaxrmils.lowering.integer_dot import check_accumulator, code_bound
 from jaxrmils.lowering.native import build
+from jaxrmils.lowering.native.functions import function_table, reach
 from jaxrmils.lowering.native.packing import (
     PackedConv,
     PackedDepthwise,
@@ -66,7 +68,7 @@ Grid = tuple[Float32[Array, ""], Int32[Array, ""]]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["scale", "offset", "correction", "residual", "residual_grid", "grid"],
-    meta_fields=["low", "high"],
+    meta_fields=["low", "high", "function"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Epilogue:
@@ -81,6 +83,7 @@ class Epilogue:
             scale * (code - zero point).
         low: smallest value (static).
         high: largest value (static).
+        function: f, by name (static); None for nothing.
         grid: scale and zero point of the result's codes; None for a result in float32.
     """
 
@@ -91,6 +94,7 @@ class Epilogue:
     residual_grid: Grid | None = None
     low: float = -math.inf
     high: float = math.inf
+    function: str | None = None
     grid: Grid | None = None
 
 
@@ -282,6 +286,7 @@ def _call(
         epilogue.correction,
         *_grid("epilogue.residual_grid", epilogue.residual_grid),
         *_grid("epilogue.grid", epilogue.grid),
+        function_table(epilogue.function),
     ]
     if x_zero is not None:
         x_zero = jnp.asarray(x_zero, jnp.int32)
@@ -290,7 +295,12 @@ def _call(
     if 0 in shape:
         return jnp.zeros(result.shape, result.dtype)
     build.load()
-    attributes = {"low": np.float32(epilogue.low), "high": np.float32(epilogue.high), **window}
+    attributes = {
+        "low": np.float32(epilogue.low),
+        "high": np.float32(epilogue.high),
+        "reach": np.float32(reach(epilogue.function)),
+        **window,
+    }
     return _batched(target, result, attributes)(x, residual, *operands)
 
 

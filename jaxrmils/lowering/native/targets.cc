@@ -15,7 +15,8 @@ using Floats = ffi::Buffer<ffi::F32>;
 
 Epilogue epilogue(int64_t products, Floats scale, Floats offset, Ints correction,
                   ffi::AnyBuffer residual, Floats residual_scale, Ints residual_zero,
-                  Floats out_scale, Ints out_zero, float low, float high, ffi::AnyBuffer out) {
+                  Floats out_scale, Ints out_zero, Floats table, float reach, float low,
+                  float high, ffi::AnyBuffer out) {
   Epilogue e;
   e.set_channels(int64_t(scale.element_count()), scale.typed_data(), offset.typed_data(),
                  correction.typed_data());
@@ -25,6 +26,9 @@ Epilogue epilogue(int64_t products, Floats scale, Floats offset, Ints correction
     e.residual = residual.untyped_data();
     e.residual_scale = *residual_scale.typed_data();
     e.residual_zero = *residual_zero.typed_data();
+  }
+  if (const int64_t rows = table.dimensions()[0]; rows > 0) {
+    e.function = {table.typed_data(), rows, kLanes / reach};
   }
   e.low = low;
   e.high = high;
@@ -47,11 +51,11 @@ Window window(Codes x, ffi::AnyBuffer out, ffi::Span<const int64_t> kernel,
 
 ffi::Error dot_target(ffi::ThreadPool pool, Codes x, Codes weights, Floats scale, Floats offset,
                       Ints correction, ffi::AnyBuffer residual, Floats residual_scale,
-                      Ints residual_zero, Floats out_scale, Ints out_zero,
-                      ffi::Result<ffi::AnyBuffer> out, float low, float high) {
+                      Ints residual_zero, Floats out_scale, Ints out_zero, Floats table,
+                      ffi::Result<ffi::AnyBuffer> out, float low, float high, float reach) {
   const int64_t products = x.dimensions()[1];
   const Epilogue e = epilogue(products, scale, offset, correction, residual, residual_scale,
-                              residual_zero, out_scale, out_zero, low, high, *out);
+                              residual_zero, out_scale, out_zero, table, reach, low, high, *out);
   const auto packed = weights.dimensions(), in = x.dimensions();
   dot(pool, in[0], in[1], x.typed_data(), {weights.typed_data(), packed[1], packed[0]}, e);
   return ffi::Error::Success();
@@ -59,14 +63,15 @@ ffi::Error dot_target(ffi::ThreadPool pool, Codes x, Codes weights, Floats scale
 
 ffi::Error conv_target(ffi::ThreadPool pool, Codes x, Codes weights, Floats scale, Floats offset,
                        Ints correction, ffi::AnyBuffer residual, Floats residual_scale,
-                       Ints residual_zero, Floats out_scale, Ints out_zero, Ints x_zero,
-                       ffi::Result<ffi::AnyBuffer> out, float low, float high,
+                       Ints residual_zero, Floats out_scale, Ints out_zero, Floats table,
+                       Ints x_zero, ffi::Result<ffi::AnyBuffer> out, float low, float high,
+                       float reach,
                        ffi::Span<const int64_t> kernel, ffi::Span<const int64_t> strides,
                        ffi::Span<const int64_t> low_padding,
                        ffi::Span<const int64_t> dilation) {
   const int64_t products = kernel[0] * kernel[1] * x.dimensions()[3];
   const Epilogue e = epilogue(products, scale, offset, correction, residual, residual_scale,
-                              residual_zero, out_scale, out_zero, low, high, *out);
+                              residual_zero, out_scale, out_zero, table, reach, low, high, *out);
   const auto packed = weights.dimensions();
   convolve(pool, window(x, *out, kernel, strides, low_padding, dilation), x.typed_data(),
            int8_t(*x_zero.typed_data()), {weights.typed_data(), packed[1], packed[0]}, e);
@@ -76,14 +81,15 @@ ffi::Error conv_target(ffi::ThreadPool pool, Codes x, Codes weights, Floats scal
 ffi::Error depthwise_target(ffi::ThreadPool pool, Codes x, Codes weights, Floats scale,
                             Floats offset, Ints correction, ffi::AnyBuffer residual,
                             Floats residual_scale, Ints residual_zero, Floats out_scale,
-                            Ints out_zero, Ints x_zero, ffi::Result<ffi::AnyBuffer> out,
-                            float low, float high, ffi::Span<const int64_t> kernel,
+                            Ints out_zero, Floats table, Ints x_zero,
+                            ffi::Result<ffi::AnyBuffer> out, float low, float high,
+                            float reach, ffi::Span<const int64_t> kernel,
                             ffi::Span<const int64_t> strides,
                             ffi::Span<const int64_t> low_padding,
                             ffi::Span<const int64_t> dilation) {
   const int64_t products = kernel[0] * kernel[1];
   const Epilogue e = epilogue(products, scale, offset, correction, residual, residual_scale,
-                              residual_zero, out_scale, out_zero, low, high, *out);
+                              residual_zero, out_scale, out_zero, table, reach, low, high, *out);
   const auto packed = weights.dimensions();
   depthwise(pool, window(x, *out, kernel, strides, low_padding, dilation), x.typed_data(),
             int8_t(*x_zero.typed_data()),
@@ -104,7 +110,8 @@ auto binding() {
       .Arg<Floats>()          // its scale
       .Arg<Ints>()            // its zero point
       .Arg<Floats>()          // the result's scale
-      .Arg<Ints>();           // the result's zero point
+      .Arg<Ints>()            // the result's zero point
+      .Arg<Floats>();         // the function's table
 }
 
 auto window_binding() {
@@ -113,6 +120,7 @@ auto window_binding() {
       .Ret<ffi::AnyBuffer>()
       .Attr<float>("low")
       .Attr<float>("high")
+      .Attr<float>("reach")
       .Attr<ffi::Span<const int64_t>>("kernel")
       .Attr<ffi::Span<const int64_t>>("strides")
       .Attr<ffi::Span<const int64_t>>("low_padding")
@@ -124,7 +132,11 @@ auto window_binding() {
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jaxrmils_dot, jaxrmils::dot_target,
-    jaxrmils::binding().Ret<ffi::AnyBuffer>().Attr<float>("low").Attr<float>("high"));
+    jaxrmils::binding()
+        .Ret<ffi::AnyBuffer>()
+        .Attr<float>("low")
+        .Attr<float>("high")
+        .Attr<float>("reach"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrmils_conv, jaxrmils::conv_target, jaxrmils::window_binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrmils_depthwise, jaxrmils::depthwise_target,
                               jaxrmils::window_binding());
