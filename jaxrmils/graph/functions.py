@@ -61,7 +61,7 @@ def find_function(eqns: Sequence[compat.JaxprEqn | None]) -> Function | None:
     Args:
       eqns: what a program does from some place on; None for what is no plain equation.
     """
-    if not eqns or eqns[0] is None:
+    if not eqns or eqns[0] is None or len(eqns[0].outvars) != 1:
         return None
     first = eqns[0]
     whole = _body(first)
@@ -72,6 +72,8 @@ def find_function(eqns: Sequence[compat.JaxprEqn | None]) -> Function | None:
         if len(own) < len(jaxpr.eqns) or any(eqn is None for eqn in own):
             continue
         given = tuple(eqn for eqn in own if eqn is not None)
+        if any(len(eqn.outvars) != 1 for eqn in given):
+            continue
         for operand in first.invars:
             if _same(jaxpr, given, operand, given[-1].outvars[0]):
                 return Function(name, given, operand, given[-1].outvars[0])
