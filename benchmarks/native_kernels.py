@@ -37,17 +37,25 @@ from jaxrmils.numerics import QuantParams, quantize
 
 LAYOUTS = ("NHWC", "HWIO", "NHWC")
 DOT = (((1,), (0,)), ((), ()))
+BATCHED = (((2,), (1,)), ((0,), (0,)))
+W_ZERO = 7
+"""Zero point of the second activation."""
 NATIVE, XLA = "native", "XLA"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operation; a dot has two dims."""
+    """One operation; a dot has two dims, a product of two activations three."""
 
     name: str
     x: tuple[int, ...]
     w: tuple[int, ...]
     stride: int = 1
+
+    @property
+    def batched(self) -> bool:
+        """Whether both are activations, [batch, m, k] and [batch, k, n]."""
+        return len(self.x) == 3
 
     @property
     def depthwise(self) -> bool:
@@ -57,16 +65,23 @@ class Case:
     @property
     def out(self) -> tuple[int, ...]:
         """The result's shape."""
+        if self.batched:
+            return (*self.x[:2], self.w[-1])
         return (self.x[0], *(-(-n // self.stride) for n in self.x[1:-1]), self.w[-1])
 
     def operations(self) -> int:
         """Multiplications and additions."""
-        return 2 * int(np.prod(self.out)) * int(np.prod(self.w[:-1]))
+        return 2 * int(np.prod(self.out)) * int(np.prod(self.w[1 if self.batched else 0 : -1]))
 
 
 def dot_case(m: int, k: int, n: int) -> Case:
     """Rows times a matrix."""
     return Case(f"dot {m} x {k} x {n}", (m, k), (k, n))
+
+
+def batched_case(batch: int, m: int, k: int, n: int) -> Case:
+    """Many products of two activations."""
+    return Case(f"{batch} dots {m} x {k} x {n} of activations", (batch, m, k), (batch, k, n))
 
 
 def conv_case(size: int, kernel: int, c: int, o: int, stride: int = 1, batch: int = 1) -> Case:
@@ -103,6 +118,10 @@ CASES = (
     dot_case(1, 768, 3072),
     dot_case(1, 4096, 4096),
     dot_case(4, 4096, 4096),
+    batched_case(12, 128, 64, 128),
+    batched_case(12, 128, 128, 64),
+    batched_case(12, 512, 64, 512),
+    batched_case(12, 512, 512, 64),
 )
 
 
@@ -112,7 +131,7 @@ def functions(case: Case) -> tuple[dict[str, Any], tuple[Any, ...]]:
     x = jnp.asarray(rng.integers(-128, 128, case.x), jnp.int8)
     w = jnp.asarray(rng.integers(-128, 128, case.w), jnp.int8)
     channels, zero = case.w[-1], jnp.int32(-3)
-    spread = 5000 * float(np.sqrt(np.prod(case.w[:-1])))
+    spread = 5000 * float(np.sqrt(np.prod(case.w[1 if case.batched else 0 : -1])))
     scale = jnp.asarray(rng.uniform(0.5, 1.5, channels) / spread, jnp.float32)
     offset = jnp.asarray(rng.normal(size=channels), jnp.float32)
     grid = QuantParams(jnp.float32(6 / 255), jnp.int32(-128), bits=8, symmetric=False)
@@ -123,7 +142,10 @@ def functions(case: Case) -> tuple[dict[str, Any], tuple[Any, ...]]:
     window: dict[str, Any] = {"strides": (case.stride,) * 2, "padding": pads, "dilation": (1, 1)}
     sums = jnp.sum(w, axis=range(w.ndim - 1), dtype=jnp.int32)
     correction = kernels.correction(sums, zero)
-    if len(case.x) == 2:
+    packed: Any = None
+    if case.batched:
+        correction = jnp.zeros(channels, jnp.int32)
+    elif len(case.x) == 2:
         packed = kernels.pack_dot(w)
     else:
         packed = (kernels.pack_depthwise if case.depthwise else kernels.pack_conv)(w)
@@ -132,13 +154,19 @@ def functions(case: Case) -> tuple[dict[str, Any], tuple[Any, ...]]:
         epilogue = kernels.Epilogue(
             scale, offset, correction + i, low=0.0, high=6.0, grid=(grid.scale, grid.zero_point)
         )
+        if case.batched:
+            zeros = {"lhs_zero": zero, "rhs_zero": W_ZERO}
+            return kernels.batched_dot(x, w, epilogue, **zeros, dimension_numbers=BATCHED)
         if len(case.x) == 2:
             return kernels.dot(x, packed, epilogue)
         run: Any = kernels.depthwise if case.depthwise else kernels.conv
         return run(x, packed, epilogue, x_zero=zero, **window)
 
     def xla(i: Any, x: Any, w: Any, packed: Any) -> Any:
-        if len(case.x) == 2:
+        if case.batched:
+            zeros = {"lhs_zero_point": zero, "rhs_zero_point": W_ZERO}
+            total = dot_int32(x, w, BATCHED, **zeros)
+        elif len(case.x) == 2:
             total = dot_int32(x, w, DOT, lhs_zero_point=zero, rhs_sum=sums)
         else:
             numbers = lax.conv_dimension_numbers(case.x, case.w, LAYOUTS)

@@ -16,11 +16,9 @@ _NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 def why_no_kernel(model: QuantizedModel, site: Site, eqn: compat.JaxprEqn) -> str | None:
     """Why a site has no native kernel; None if it has one."""
     layer = model.plan.layers[site.layer]
-    if site.weight is None:
-        return "a product of two activations"
     if site.kind == "gather":
         return "a lookup"
-    if layer.weight_bits == FLOAT_BITS:
+    if site.weight is not None and layer.weight_bits == FLOAT_BITS:
         return "not in integers"
     if layer.activation_bits == FLOAT_BITS:
         return "float activations"
@@ -30,12 +28,14 @@ def why_no_kernel(model: QuantizedModel, site: Site, eqn: compat.JaxprEqn) -> st
         return "inside a scan"
     if (dtype := compat.abstract(eqn.outvars[0]).dtype) != jnp.float32:
         return f"{dtype} results"
-    if model.params.grids[site.name][0].scale.size != 1:
+    if any(grid.scale.size != 1 for grid in model.params.grids[site.name]):
         return "several grids for one input"
-    operation, reason = _conv_form(eqn) if site.kind == "conv" else _dot_form(site, eqn)
-    if reason is None and not has_kernel(
-        operation, f"w{layer.weight_bits}a{layer.activation_bits}"
-    ):
+    weight = "" if site.weight is None else f"w{layer.weight_bits}"
+    if site.weight is None:
+        operation, reason = _activations_form(eqn)
+    else:
+        operation, reason = _conv_form(eqn) if site.kind == "conv" else _dot_form(site, eqn)
+    if reason is None and not has_kernel(operation, f"{weight}a{layer.activation_bits}"):
         return f"no kernel for {operation!r} in {layer.format}"
     return reason
 
@@ -80,6 +80,18 @@ def _dot_form(site: Site, eqn: compat.JaxprEqn) -> tuple[Operation, str | None]:
     elif tuple(lhs) != tuple(range(rank - len(lhs), rank)):
         reason = "other dims than the last are contracted"
     return "dot", reason
+
+
+def _activations_form(eqn: compat.JaxprEqn) -> tuple[Operation, str | None]:
+    """The kind of a product of two activations, and what of its form no kernel takes."""
+    if eqn.primitive.name != "dot_general":
+        return "conv", "a convolution of two activations"
+    contracted, batch = eqn.params["dimension_numbers"]
+    ranks = [len(compat.abstract(var).shape) for var in eqn.invars]
+    free = {r - len(c) - len(b) for r, c, b in zip(ranks, contracted, batch, strict=True)}
+    if len(contracted[0]) != 1 or free != {1}:
+        return "batched dot", "two activations of which not one dim each is contracted and left"
+    return "batched dot", None
 
 
 def is_depthwise(eqn: compat.JaxprEqn) -> bool:

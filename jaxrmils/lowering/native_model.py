@@ -35,7 +35,7 @@ from jaxrmils.lowering.quantized_model import (
     site_scope,
 )
 from jaxrmils.lowering.sites import LoweringError, integer_kernel
-from jaxrmils.numerics import QTensor, QuantParams
+from jaxrmils.numerics import QTensor, QuantParams, Rounding
 from jaxrmils.policies import roundings_by_site
 
 PART_OF_PROGRAM = 64_000_000
@@ -329,6 +329,8 @@ def _handler(
     call: SiteCall,
 ) -> tuple[Any, Any]:
     weight, name = call.weight, call.site.name
+    if weight is None and why_no_kernel(model, call.site, call.eqn) is None:
+        return _activations_product(model, roundings[name], call), None
     if weight is None or name not in weight.packed:
         if weight is not None:
             call = dataclasses.replace(call, weight=weight.quantized)
@@ -336,12 +338,62 @@ def _handler(
             model.plan, roundings, model.equal_grids, integer_kernel("cpu"), True, call
         )[0], None
     (grid,), (rounding,) = call.state, roundings[name]
-    key = (model.equal_grids[name][0], rounding)
-    with jax.named_scope(site_scope(name)):
-        codes = call.once(0, key, lambda x: codes_of(x, grid, rounding))
-    if 0 in call.shared:
-        call.store(0, Dequantized(codes, grid, compat.abstract(call.eqn.invars[0]).dtype))
+    codes = _codes(model, call, 0, 0, rounding)
     return _product(call, codes, grid, vectors, made.setdefault(name, [])), None
+
+
+def _codes(
+    model: QuantizedModel, call: SiteCall, operand: int, number: int, rounding: Rounding
+) -> Any:
+    """The codes of an operand, the site's activation of some number."""
+    name, grid = call.site.name, call.state[number]
+    key = (model.equal_grids[name][number], rounding)
+    with jax.named_scope(site_scope(name)):
+        codes = call.once(operand, key, lambda x: codes_of(x, grid, rounding))
+    if operand in call.shared:
+        dtype = compat.abstract(call.eqn.invars[operand]).dtype
+        call.store(operand, Dequantized(codes, grid, dtype))
+    return codes
+
+
+def _activations_product(
+    model: QuantizedModel, roundings: tuple[Rounding, ...], call: SiteCall
+) -> Product:
+    """A product of two activations, to be computed with what follows it."""
+    name, grids = call.site.name, call.state
+    lhs, rhs = (_codes(model, call, number, number, roundings[number]) for number in range(2))
+    zeros = [jnp.zeros((), jnp.int32) if g.symmetric else g.zero_point.reshape(()) for g in grids]
+    shape = _output_shape(call, lhs)
+    ones = jnp.ones(shape[-1:], jnp.float32)
+
+    def emit(tail: Tail, grid: QuantParams | None) -> Any:
+        with jax.named_scope(site_scope(name)):
+            return kernels.batched_dot(
+                lhs,
+                rhs,
+                _epilogue(tail, jnp.zeros(shape[-1:], jnp.int32), grid),
+                lhs_zero=zeros[0],
+                rhs_zero=zeros[1],
+                dimension_numbers=call.eqn.params["dimension_numbers"],
+            )
+
+    scale = grids[0].scale.reshape(()) * grids[1].scale.reshape(())
+    return Product(emit, Tail(scale * ones, jnp.zeros_like(ones)), shape)
+
+
+def _epilogue(tail: Tail, correction: Any, grid: QuantParams | None) -> kernels.Epilogue:
+    residual_grid = tail.residual_grid
+    return kernels.Epilogue(
+        scale=tail.scale,
+        offset=tail.offset,
+        correction=correction,
+        residual=tail.residual,
+        residual_grid=None if residual_grid is None else _pair(residual_grid),
+        low=tail.low,
+        high=tail.high,
+        function=tail.function,
+        grid=None if grid is None else _pair(grid),
+    )
 
 
 def _product(
@@ -367,18 +419,13 @@ def _product(
     def emit(tail: Tail, grid: QuantParams | None) -> Any:
         by_channel = known or Vectors(tail.scale, tail.offset, start.correction)
         made.append(by_channel)
-        residual, residual_grid = tail.residual, tail.residual_grid
-        epilogue = kernels.Epilogue(
-            scale=by_channel.scale,
-            offset=by_channel.offset,
-            correction=by_channel.correction,
-            residual=residual if residual is None or is_conv else residual.reshape(-1, channels),
-            residual_grid=None if residual_grid is None else _pair(residual_grid),
-            low=tail.low,
-            high=tail.high,
-            function=tail.function,
-            grid=None if grid is None else _pair(grid),
+        residual = tail.residual
+        if residual is not None and not is_conv:
+            residual = residual.reshape(-1, channels)
+        whole = dataclasses.replace(
+            tail, scale=by_channel.scale, offset=by_channel.offset, residual=residual
         )
+        epilogue = _epilogue(whole, by_channel.correction, grid)
         with jax.named_scope(site_scope(name)):
             if not is_conv:
                 flat = codes.reshape(-1, math.prod(codes.shape[-contracted:]))

@@ -120,8 +120,8 @@ class Product(Coded):
         """Itself with a longer tail, or the pooling of its codes; None if neither fits."""
         if eqn.primitive.name == MAX_POOL:
             return Pool(self, eqn) if can_shift(eqn) else None
-        if eqn.primitive.name == "reshape":
-            return Reshaped(self, tuple(compat.abstract(eqn.outvars[0]).shape))
+        if eqn.primitive.name in _MOVES:
+            return Moved(self, eqn)
         out = compat.abstract(eqn.outvars[0])
         if tuple(out.shape) != self.shape or out.dtype != jnp.float32:
             return None
@@ -187,23 +187,28 @@ class Pool(Coded):
         return None
 
 
-class Reshaped(Coded):
-    """A product in another shape."""
+class Moved(Coded):
+    """A product in another shape or order of dims."""
 
-    def __init__(self, product: Product, shape: tuple[int, ...]) -> None:
-        self.product, self.shape = product, shape
+    def __init__(self, product: Coded, eqn: compat.JaxprEqn) -> None:
+        self.product, self.eqn = product, eqn
 
     def value(self) -> Any:
         """The values."""
-        return self.product.value().reshape(self.shape)
+        return self._moved(self.product.value())
 
     def codes(self, grid: QuantParams, rounding: Rounding) -> Array:
         """The product's codes."""
-        return self.product.codes(grid, rounding).reshape(self.shape)
+        return self._moved(self.product.codes(grid, rounding))
 
     def followed_by(self, eqn: compat.JaxprEqn, inputs: Sequence[Any], position: int) -> Any:
-        """Nothing follows without being computed."""
-        return None
+        """Another such move; nothing else follows without being computed."""
+        return Moved(self, eqn) if eqn.primitive.name in _MOVES else None
+
+    def _moved(self, x: Any) -> Any:
+        if self.eqn.primitive.name == "transpose":
+            return x.transpose(self.eqn.params["permutation"])
+        return x.reshape(compat.abstract(self.eqn.outvars[0]).shape)
 
 
 class Dequantized(Pending):
@@ -317,5 +322,6 @@ def _scalar(var: Any, known: dict[Any, float]) -> float | None:
     return known.get(var)
 
 
+_MOVES = ("reshape", "transpose")
 # `jit` is named "pjit" before jax 0.7.
 _CALLS = ("custom_jvp_call", "jit", "pjit")

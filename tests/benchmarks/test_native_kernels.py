@@ -22,6 +22,7 @@ def test_it_runs(tmp_path, monkeypatch, capsys):
     out = tmp_path / "native.json"
     cases = (
         native_kernels.dot_case(2, 9, 20),
+        native_kernels.batched_case(2, 5, 8, 9),
         native_kernels.conv_case(5, 3, 3, 4, 2),
         native_kernels.conv_case(5, 3, 8, 0),
     )

@@ -30,6 +30,10 @@ pack_conv = pack_depthwise = pack_dot = Packed
 def finished(total, codes, e: Epilogue):
     """`total` are the sums of x w; kernels count those of (x + 128) w."""
     total += 128 * codes.sum(axis=range(codes.ndim - 1), dtype=jnp.int32)
+    return _finished(total, e)
+
+
+def _finished(total, e: Epilogue):
     y = (total + e.correction).astype(jnp.float32) * e.scale + e.offset
     if e.residual is not None:
         r = e.residual
@@ -72,3 +76,8 @@ def depthwise(x, packed, epilogue, *, x_zero, strides, padding, dilation):
 def dot(x, packed, epilogue):
     total = dot_int32(x, packed.codes, (((1,), (0,)), ((), ())))
     return finished(total, packed.codes, epilogue)
+
+
+def batched_dot(lhs, rhs, epilogue, *, lhs_zero, rhs_zero, dimension_numbers):
+    total = dot_int32(lhs, rhs, dimension_numbers, lhs_zero_point=lhs_zero, rhs_zero_point=rhs_zero)
+    return _finished(total, epilogue)

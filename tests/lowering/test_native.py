@@ -20,6 +20,7 @@ from jaxrmils.graph.functions import FUNCTIONS
 from jaxrmils.lowering.native import build, kernels
 from jaxrmils.lowering.native.kernels import (
     Epilogue,
+    batched_dot,
     conv,
     correction,
     depthwise,
@@ -143,6 +144,33 @@ def check_dot(m, k, n, seed, extreme, choices):
     assert_same(actual, finished(x.astype(np.int64) @ w.astype(np.int64), epilogue))
 
 
+def laid_out(rng, x):
+    """An array [*batch, free, contracted] with its dims in another order, and where they went."""
+    order = rng.permutation(x.ndim)
+    where = np.argsort(order)
+    return jnp.asarray(x.transpose(order)), (
+        (int(where[-1]),),
+        tuple(int(d) for d in where[:-2]),
+    )
+
+
+def check_batched_dot(batch, m, k, n, seed, extreme, choices):
+    rng = np.random.default_rng(seed)
+    x, w = random_codes(rng, (*batch, m, k), extreme), random_codes(rng, (*batch, n, k), extreme)
+    zeros = [int(z) for z in rng.choice([-128, 0, 127, 5], 2)]
+    (lhs, left), (rhs, right) = laid_out(rng, x), laid_out(rng, w)
+    epilogue = random_epilogue(rng, (*batch, m, n), spread=9000 * math.isqrt(k), **choices)
+
+    @jax.jit
+    def run(lhs, rhs, e, a, b):
+        numbers = tuple(zip(left, right, strict=True))
+        return batched_dot(lhs, rhs, e, lhs_zero=a, rhs_zero=b, dimension_numbers=numbers)
+
+    actual = run(lhs, rhs, epilogue, *map(jnp.int32, zeros))
+    sums = np.einsum("...mk,...nk->...mn", x.astype(np.int64) - zeros[0], w.astype(int) - zeros[1])
+    assert_same(actual, finished(sums, epilogue))
+
+
 def check_conv(shape, kernel, features, window, seed, extreme, choices):
     """`features` None: depthwise."""
     rng = np.random.default_rng(seed)
@@ -216,6 +244,67 @@ def test_functions_are_known_by_name():
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 150), seeds, st.booleans(), epilogues)
 def test_dots_equal_numpy(m, k, n, seed, extreme, choices):
     check_dot(m, k, n, seed, extreme, choices)
+
+
+@needs_kernels
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 3), max_size=2), st.integers(1, 40), st.integers(1, 70),
+       st.integers(1, 40), seeds, st.booleans(), epilogues)  # fmt: skip
+def test_products_of_activations_equal_numpy(batch, m, k, n, seed, extreme, choices):
+    check_batched_dot(batch, m, k, n, seed, extreme, choices)
+
+
+# Several tasks for a product, several chunks of rows, and the deepest sums there may be.
+@needs_kernels
+@pytest.mark.parametrize(
+    ("batch", "m", "k", "n"),
+    [((2, 12), 128, 64, 128), ((1,), 300, 128, 64), ((), 70, 9000, 40), ((), 3, 33_025, 17)],
+)
+def test_large_products_of_activations_equal_numpy(batch, m, k, n):
+    for seed in range(3):
+        check_batched_dot(batch, m, k, n, seed, seed == 1, PLAIN)
+
+
+@needs_kernels
+def test_products_of_activations_under_vmap():
+    rng = np.random.default_rng(0)
+    lhs, rhs = (jnp.asarray(random_codes(rng, (3, 2, 5, n))) for n in (8, 9))
+    e = random_epilogue(rng, (2, 8, 9), residual="codes", clamp="both", codes=True, spread=9000)
+
+    def run(lhs, rhs, e):
+        numbers = (((1,), (1,)), ((0,), (0,)))
+        zeros = {"lhs_zero": jnp.int32(-3), "rhs_zero": jnp.int32(90)}
+        return batched_dot(lhs, rhs, e, **zeros, dimension_numbers=numbers)
+
+    expected = np.stack([run(a, b, e) for a, b in zip(lhs, rhs, strict=True)])
+    both = jax.jit(jax.vmap(run, (0, 0, None)))
+    assert_same(both(lhs, rhs, e), expected)
+    assert "while" not in str(jax.make_jaxpr(both)(lhs, rhs, e))
+    one = jax.vmap(run, (None, 0, None))(lhs[0], rhs, e)
+    assert_same(one, np.stack([run(lhs[0], each, e) for each in rhs]))
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), e)
+    assert_same(jax.vmap(run)(lhs, rhs, several), expected)
+
+
+def test_operands_of_products_of_activations_are_checked():
+    _, _, e = dot_arguments()
+    x, w = jnp.zeros((2, 4, 5), jnp.int8), jnp.zeros((2, 3, 5), jnp.int8)
+    zeros = {"lhs_zero": jnp.int32(0), "rhs_zero": jnp.int32(0)}
+    numbers = (((2,), (2,)), ((0,), (0,)))
+    with pytest.raises(ValueError, match=r"lhs of shape \(2, 4, 5\) must have one contracted"):
+        batched_dot(x, w, e, **zeros, dimension_numbers=(((2,), (2,)), ((), ())))
+    with pytest.raises(ValueError, match="do not fit"):
+        batched_dot(x, w[..., :4], e, **zeros, dimension_numbers=numbers)
+    with pytest.raises(TypeError, match="rhs must be int8, found float32"):
+        batched_dot(x, w.astype(jnp.float32), e, **zeros, dimension_numbers=numbers)
+    with pytest.raises(ValueError, match=r"epilogue\.scale must have shape \(4,\)"):
+        batched_dot(w, x, e, **zeros, dimension_numbers=numbers)
+    deep = jnp.zeros((1, 1, 40_000), jnp.int8)
+    with pytest.raises(ValueError, match="can overflow int32"):
+        batched_dot(deep, deep, e, **zeros, dimension_numbers=numbers)
+    if REASON is None:
+        empty = batched_dot(x[:0], w[:0], e, **zeros, dimension_numbers=numbers)
+        assert empty.shape == (0, 4, 3) and empty.dtype == jnp.float32
 
 
 @needs_kernels
@@ -430,6 +519,8 @@ for seed in range(4):
     t.check_dot(5, 37, 50, seed, True, choices)
     t.check_conv((2, 9, 8, 5), (3, 2), 20, t.HALVED, seed, True, choices)
     t.check_conv((2, 9, 8, 35), (3, 3), None, t.SAME, seed, True, choices)
+    t.check_batched_dot((2,), 20, 37, 19, seed, True, choices)
+    t.check_batched_dot((), 33, 16, 32, seed + 9, False, choices)
 for name in t.EXACT:
     t.check_function(name, (2, 9, 8, 35), (3, 3), 21, 0)
 """

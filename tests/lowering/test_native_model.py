@@ -37,15 +37,15 @@ def emitted(monkeypatch):
     def watched(name):
         run = getattr(reference_kernels, name)
 
-        def kernel(x, packed, epilogue, **options):
+        def kernel(x, other, epilogue, **options):
             residual = None if epilogue.residual is None else str(epilogue.residual.dtype)
             clamp = (epilogue.low, epilogue.high)
             found.append((name, residual, clamp, epilogue.grid is not None))
-            return run(x, packed, epilogue, **options)
+            return run(x, other, epilogue, **options)
 
         return kernel
 
-    for name in ("conv", "depthwise", "dot"):
+    for name in ("batched_dot", "conv", "depthwise", "dot"):
         monkeypatch.setattr(reference_kernels, name, watched(name))
     return found
 
@@ -258,7 +258,56 @@ def test_heads_are_split_in_codes(emitted):
     found = jr.native(model)
     emitted.clear()
     close(found(x), model(x))
-    assert [codes for *_, codes in emitted] == [True, True]
+    assert [(name, codes) for name, *_, codes in emitted] == [
+        ("dot", True),
+        ("dot", True),
+        ("batched_dot", False),
+    ]
+    assert not found.reasons
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.real)])
+def test_attention_stays_in_codes_but_for_its_softmax(real, request):
+    if real and MISSING is not None:
+        pytest.skip(str(MISSING))
+
+    def attention(p, x):
+        q, k, v = ((x @ p[n]).reshape(-1, 4, 2, 4) for n in "qkv")
+        weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k) / 2, axis=-1)
+        return jnp.einsum("bhts,bshd->bthd", weights, v).reshape(-1, 4, 8) @ p["o"]
+
+    params = {n: random(8, 8, seed=i) for i, n in enumerate("qkvo")}
+    model = made(attention, params, random(3, 4, 8, seed=4))
+    found = jr.native(model)
+    assert not found.reasons
+    if real:
+        close(found(random(5, 4, 8, seed=5)), model(random(5, 4, 8, seed=5)))
+        return
+    emitted = request.getfixturevalue("emitted")
+    close(found.apply(found.params, random(5, 4, 8, seed=5)), model(random(5, 4, 8, seed=5)))
+    assert [(name, codes) for name, *_, codes in emitted] == [
+        ("dot", True),
+        ("dot", True),
+        ("batched_dot", False),  # to the softmax
+        ("dot", True),
+        ("batched_dot", True),  # transposed and reshaped in codes
+        ("dot", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("equation", "reason"),
+    [("bij,bkj->bik", None), ("bijl,bkjl->bik", "of which not one dim each is contracted")],
+)
+def test_forms_of_products_of_activations(equation, reason):
+    def product(p, x):
+        return jnp.einsum(equation, jnp.tanh(x), x * p["a"][(None,) * (x.ndim - 1)])
+
+    x = random(3, 4, 5, *[6] * (len(equation.split(",")[0]) - 3), seed=4)
+    model = made(product, {"a": random(x.shape[-1])}, x)
+    found = jr.native(model)
+    assert [reason in each for each in found.reasons.values()] == ([True] if reason else [])
+    close(found(x), model(x))
 
 
 def test_sums_differences_and_quotients_by_channel_are_taken_along(emitted):
@@ -308,7 +357,6 @@ def test_readers_with_other_grids_or_roundings_get_their_own_codes():
     ("name", "kind", "reason"),
     [
         ("scanned_stack", "int8", "inside a scan"),
-        ("transformer", "int8", "a product of two activations"),
         ("tied_embedding", "int8", "a lookup"),
         ("bfloat16_transformer", "int8", "bfloat16 results"),
         ("plain", "w8", "float activations"),

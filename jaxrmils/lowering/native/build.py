@@ -33,7 +33,7 @@ FLAGS = (
     "-shared",
     "-pthread",
 )
-TARGETS = ("jaxrmils_conv", "jaxrmils_depthwise", "jaxrmils_dot")
+TARGETS = ("jaxrmils_batched_dot", "jaxrmils_conv", "jaxrmils_depthwise", "jaxrmils_dot")
 _COMPILERS = ("c++", "g++", "clang++")
 _SHOWN_LINES = 8
 

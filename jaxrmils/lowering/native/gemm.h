@@ -28,7 +28,8 @@ constexpr int64_t kL1 = 24 << 10, kL2 = 256 << 10;  // bytes that rows and resul
 enum class Here { kSums, kCodes, kCodesWithResidual };
 
 // Rows times panels of weights. Writes results of `channels` channels from `channel` on, rows from
-// `row` on, or sums[i * kPanels * 16 + 16 v + lane].
+// `row` on, or sums[i * kPanels * 16 + 16 v + lane]. `of_row`, where there is one, has what is added
+// to the sums of every row.
 #ifdef JAXRMILS_VNNI
 
 // Calls f(0), ..., f(n - 1) with numbers that the compiler knows, so that arrays indexed by them
@@ -48,8 +49,8 @@ using Numbers = std::make_integer_sequence<int, n>;
 
 template <int kRows, int kPanels, Here kHere>
 void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t panel,
-          int64_t quads, const Epilogue& e, int64_t row, int64_t channel, int64_t channels,
-          int32_t* sums) {
+          int64_t quads, const Epilogue& e, const int32_t* of_row, int64_t row, int64_t channel,
+          int64_t channels, int32_t* sums) {
   constexpr Numbers<kRows> every_row;
   constexpr Numbers<kPanels> every_panel;
   __m512i acc[kRows][kPanels];
@@ -57,6 +58,13 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
     const __m512i start = _mm512_loadu_si512(&e.correction[size_t(channel + v * kLanes)]);
     each([&](auto i) JAXRMILS_INLINE { acc[i][v] = start; }, every_row);
   }, every_panel);
+  if (of_row) {
+    each([&](auto i) JAXRMILS_INLINE {
+      const __m512i more = _mm512_set1_epi32(of_row[i]);
+      each([&](auto v) JAXRMILS_INLINE { acc[i][v] = _mm512_add_epi32(acc[i][v], more); },
+           every_panel);
+    }, every_row);
+  }
   // Every third row has a pointer, the others an index register: fewer registers than rows.
   constexpr Numbers<(kRows + 2) / 3> every_pointer;
   const uint8_t* at[(kRows + 2) / 3];
@@ -133,11 +141,15 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
 
 template <int kRows, int kPanels, Here kHere>
 void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t panel,
-          int64_t quads, const Epilogue& e, int64_t, int64_t channel, int64_t, int32_t* sums) {
+          int64_t quads, const Epilogue& e, const int32_t* of_row, int64_t, int64_t channel,
+          int64_t, int32_t* sums) {
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kPanels; ++v) {
       int32_t acc[kLanes];
-      std::memcpy(acc, &e.correction[size_t(channel + v * kLanes)], sizeof(acc));
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const uint32_t start = uint32_t(e.correction[size_t(channel + v * kLanes + lane)]);
+        acc[lane] = int32_t(start + (of_row ? uint32_t(of_row[i]) : 0));
+      }
       for (int64_t q = 0; q < quads; ++q) {
         const uint8_t* x = rows + i * stride + 4 * q;
         const int8_t* w = weights + v * panel + 64 * q;
@@ -155,7 +167,7 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
 #endif
 
 using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int64_t, const Epilogue&,
-                      int64_t, int64_t, int64_t, int32_t*);
+                      const int32_t*, int64_t, int64_t, int64_t, int32_t*);
 
 template <int kPanels, Here kHere, size_t... rows>
 Tile choose(int64_t count, std::index_sequence<rows...>) {
@@ -209,7 +221,8 @@ inline int64_t row_stride(int64_t quads) {
 
 // The results of `count` copied rows from output row `row` on, for panels [first, last).
 inline void multiply(const Weights& w, const Epilogue& e, const uint8_t* rows, int64_t stride,
-                     int64_t row, int64_t count, int64_t first, int64_t last) {
+                     int64_t row, int64_t count, int64_t first, int64_t last,
+                     const int32_t* of_row = nullptr) {
   alignas(64) int32_t sums[kMaxRows * 2 * kLanes > kFewRows * 4 * kLanes
                                ? kMaxRows * 2 * kLanes
                                : kFewRows * 4 * kLanes];
@@ -226,7 +239,8 @@ inline void multiply(const Weights& w, const Epilogue& e, const uint8_t* rows, i
     for (int64_t i = 0, tiles = ceil_div(count, most); tiles > 0; --tiles) {
       const int64_t height = ceil_div(count - i, tiles);
       choose(here, height, panels)(rows + i * stride, stride, w.packed + p * panel, panel,
-                                   w.quads, e, row + i, channel, channels, sums);
+                                   w.quads, e, of_row ? of_row + i : nullptr, row + i, channel,
+                                   channels, sums);
       if (apart) finish(e, sums, panels * kLanes, height, row + i, channel, channels);
       i += height;
     }

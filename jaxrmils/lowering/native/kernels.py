@@ -18,20 +18,18 @@ with half rounded to even, as `jaxrmils.numerics.quantize` makes them. Sums are 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
-import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int8, Int32
+from jaxtyping import Array, Int8, Int32
 
 from jaxrmils.lowering.integer_dot import check_accumulator, code_bound
 from jaxrmils.lowering.native import build
-from jaxrmils.lowering.native.functions import function_table, reach
+from jaxrmils.lowering.native.batched_dot import batched_dot
+from jaxrmils.lowering.native.epilogue import Epilogue, check
 from jaxrmils.lowering.native.packing import (
     PackedConv,
     PackedDepthwise,
@@ -49,6 +47,7 @@ __all__ = [
     "PackedDepthwise",
     "PackedDot",
     "available",
+    "batched_dot",
     "conv",
     "correction",
     "depthwise",
@@ -61,41 +60,6 @@ __all__ = [
 
 # Operands between the input and the residual: weights and the epilogue's vectors.
 _BEFORE_RESIDUAL = 4
-
-Grid = tuple[Float32[Array, ""], Int32[Array, ""]]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["scale", "offset", "correction", "residual", "residual_grid", "grid"],
-    meta_fields=["low", "high", "function"],
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class Epilogue:
-    """What follows a product; the module says in what order.
-
-    Attributes:
-        scale: factor of every output channel.
-        offset: added to every output channel, after the factor.
-        correction: added to the int32 sums of (x + 128) w; see the function `correction`.
-        residual: added then, of the output's shape: float32, or int8 codes.
-        residual_grid: scale and zero point of a residual in codes, which stands for
-            scale * (code - zero point).
-        low: smallest value (static).
-        high: largest value (static).
-        function: f, by name (static); None for nothing.
-        grid: scale and zero point of the result's codes; None for a result in float32.
-    """
-
-    scale: Float32[Array, " o"]
-    offset: Float32[Array, " o"]
-    correction: Int32[Array, " o"]
-    residual: Array | None = None
-    residual_grid: Grid | None = None
-    low: float = -math.inf
-    high: float = math.inf
-    function: str | None = None
-    grid: Grid | None = None
 
 
 def available() -> str | None:
@@ -269,38 +233,18 @@ def _call(
     window: dict[str, Any],
 ) -> Array:
     """Checks the operands that all kernels share, and calls one."""
-    _check("x", x, jnp.int8, x.shape)
-    for name, dtype in (("scale", jnp.float32), ("offset", jnp.float32), ("correction", jnp.int32)):
-        _check(f"epilogue.{name}", getattr(epilogue, name), dtype, shape[-1:])
-    result = jax.ShapeDtypeStruct(shape, jnp.float32 if epilogue.grid is None else jnp.int8)
-    # A residual without elements stands for none.
-    residual = jnp.zeros((0,), jnp.int8)
-    if epilogue.residual is not None:
-        residual = epilogue.residual
-        dtype = jnp.float32 if epilogue.residual_grid is None else jnp.int8
-        _check("epilogue.residual", residual, dtype, shape)
-    operands = [
-        packed.values,
-        epilogue.scale,
-        epilogue.offset,
-        epilogue.correction,
-        *_grid("epilogue.residual_grid", epilogue.residual_grid),
-        *_grid("epilogue.grid", epilogue.grid),
-        function_table(epilogue.function),
-    ]
+    check("x", x, jnp.int8, x.shape)
+    vectors, residual, rest = epilogue.operands(shape)
+    operands = [packed.values, *vectors, *rest]
     if x_zero is not None:
         x_zero = jnp.asarray(x_zero, jnp.int32)
-        _check("x_zero", x_zero, jnp.int32, ())
+        check("x_zero", x_zero, jnp.int32, ())
         operands.append(x_zero)
+    result = epilogue.result(shape)
     if 0 in shape:
         return jnp.zeros(result.shape, result.dtype)
     build.load()
-    attributes = {
-        "low": np.float32(epilogue.low),
-        "high": np.float32(epilogue.high),
-        "reach": np.float32(reach(epilogue.function)),
-        **window,
-    }
+    attributes = epilogue.attributes() | window
     return _batched(target, result, attributes)(x, residual, *operands)
 
 
@@ -341,19 +285,3 @@ def _batched(
         return out.reshape(size, -1, *out.shape[1:]), True
 
     return run
-
-
-def _grid(name: str, grid: Grid | None) -> Grid:
-    if grid is None:
-        return jnp.ones((), jnp.float32), jnp.zeros((), jnp.int32)
-    scale, zero_point = jnp.asarray(grid[0]), jnp.asarray(grid[1])
-    _check(f"the scale of {name}", scale, jnp.float32, ())
-    _check(f"the zero point of {name}", zero_point, jnp.int32, ())
-    return scale, zero_point
-
-
-def _check(name: str, value: Array, dtype: Any, shape: tuple[int, ...]) -> None:
-    if value.dtype != dtype:
-        raise TypeError(f"{name} must be {jnp.dtype(dtype).name}, found {value.dtype}")
-    if value.shape != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, found {value.shape}")

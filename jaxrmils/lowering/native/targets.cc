@@ -1,5 +1,6 @@
 // What XLA calls. Shapes are checked in kernels.py.
 
+#include "batched.h"
 #include "conv.h"
 #include "depthwise.h"
 #include "xla/ffi/api/ffi.h"
@@ -97,6 +98,31 @@ ffi::Error depthwise_target(ffi::ThreadPool pool, Codes x, Codes weights, Floats
   return ffi::Error::Success();
 }
 
+ffi::Error batched_target(ffi::ThreadPool pool, Codes lhs, Codes rhs, Floats scale,
+                          Floats offset, Ints correction, ffi::AnyBuffer residual,
+                          Floats residual_scale, Ints residual_zero, Floats out_scale,
+                          Ints out_zero, Floats table, Ints lhs_zero, Ints rhs_zero,
+                          ffi::Result<ffi::AnyBuffer> out, float low, float high, float reach,
+                          ffi::Span<const int64_t> batch, ffi::Span<const int64_t> lhs_strides,
+                          ffi::Span<const int64_t> rhs_strides,
+                          ffi::Span<const int64_t> sizes) {
+  // Either factor may have a zero point: twice as much as with a weight.
+  const Epilogue e = epilogue(2 * sizes[2], scale, offset, correction, residual,
+                              residual_scale, residual_zero, out_scale, out_zero, table, reach,
+                              low, high, *out);
+  const size_t dims = batch.size();
+  const auto outer = [&](ffi::Span<const int64_t> s) {
+    return std::vector<int64_t>(s.begin(), s.begin() + dims);
+  };
+  const BatchedShape shape{outer(batch),          outer(lhs_strides),    outer(rhs_strides),
+                           sizes[0],              sizes[1],              sizes[2],
+                           lhs_strides[dims],     lhs_strides[dims + 1], rhs_strides[dims],
+                           rhs_strides[dims + 1]};
+  batched_product(pool, shape, lhs.typed_data(), rhs.typed_data(), *lhs_zero.typed_data(),
+                  *rhs_zero.typed_data(), e);
+  return ffi::Error::Success();
+}
+
 // The operands that all targets share.
 auto binding() {
   return ffi::Ffi::Bind()
@@ -127,6 +153,20 @@ auto window_binding() {
       .Attr<ffi::Span<const int64_t>>("dilation");
 }
 
+auto batched_binding() {
+  return binding()
+      .Arg<Ints>()  // lhs_zero
+      .Arg<Ints>()  // rhs_zero
+      .Ret<ffi::AnyBuffer>()
+      .Attr<float>("low")
+      .Attr<float>("high")
+      .Attr<float>("reach")
+      .Attr<ffi::Span<const int64_t>>("batch")
+      .Attr<ffi::Span<const int64_t>>("lhs_strides")
+      .Attr<ffi::Span<const int64_t>>("rhs_strides")
+      .Attr<ffi::Span<const int64_t>>("sizes");
+}
+
 }  // namespace
 }  // namespace jaxrmils
 
@@ -137,6 +177,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Attr<float>("low")
         .Attr<float>("high")
         .Attr<float>("reach"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrmils_batched_dot, jaxrmils::batched_target,
+                              jaxrmils::batched_binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrmils_conv, jaxrmils::conv_target, jaxrmils::window_binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrmils_depthwise, jaxrmils::depthwise_target,
                               jaxrmils::window_binding());
