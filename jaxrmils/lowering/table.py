@@ -356,8 +356,8 @@ _FUSED: tuple[tuple[Operation, str, str], ...] = (
     (
         "batched dot",
         "that of XLA's int8",
-        "the right operand of every product is packed on the way, and nothing is transposed; 37 "
-        "% of the peak",
+        "the right operand of every product is packed on the way, and nothing is transposed; "
+        "37 % of the peak",
     ),
     (
         "short batched dot",
@@ -436,8 +436,9 @@ def remarks(
         found.append("weight-only formats save memory, not time: the operation stays float")
     if backend == "cpu" and used & {"a8", "a4", "a8d"}:
         found.append(
-            "products of two activations are often slower in integers than in float on CPU, since "
-            "both are quantized in every call, and make nothing smaller; consider skipping them"
+            "products of two activations are often slower in integers than in float among XLA's "
+            "operations on CPU, since both are quantized in every call, and make nothing smaller; "
+            "consider skipping them, or native kernels, on which they are faster"
         )
     return tuple(found)
 
