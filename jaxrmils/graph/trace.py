@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from jaxrmils.graph.program import Call
 from jaxrmils.graph.sites import Coverage, Site, Weight
 
 Apply = Callable[[Any, Any], Any]
+KEPT_PROGRAMS = 8
+"""Of other input shapes than the traced one, per graph: tracing takes as long as compiling."""
+
 Shortcuts = Literal["float", "codes"]
 SHORTCUTS: tuple[Shortcuts, ...] = ("float", "codes")
 
@@ -85,6 +89,16 @@ class Graph:
             for i, site in enumerate(self.sites)
             if shared.get(i, none) & set(site.activations)
         )
+
+    @cached_property
+    def _program_at(self) -> Callable[..., Traced]:
+        """The program at some shapes of the inputs; the last few are kept."""
+
+        @functools.lru_cache(maxsize=KEPT_PROGRAMS)
+        def read(structure: Any, leaves: tuple[Any, ...], context: Any) -> Traced:
+            return trace_at(self.apply, self.params, jax.tree.unflatten(structure, leaves))
+
+        return read
 
     @cached_property
     def layers(self) -> Mapping[str, tuple[Site, ...]]:
@@ -255,6 +269,16 @@ def interpret(
     return jax.tree.unflatten(traced.structure, outs), records
 
 
+def _context() -> tuple[Any, ...]:
+    """What equations depend on besides the shapes."""
+    config = jax.config
+    return (
+        jax.sharding.get_abstract_mesh(),
+        config.jax_enable_x64,  # pyright: ignore[reportAttributeAccessIssue]
+        config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
+    )
+
+
 def _traced_for(graph: Graph, inputs: Any) -> Traced:
     """The program at the inputs' shapes, checked to have the graph's sites."""
     structs = jax.tree.map(compat.abstract, inputs)
@@ -266,7 +290,8 @@ def _traced_for(graph: Graph, inputs: Any) -> Traced:
         )
     if structs == graph.example:
         return graph.traced
-    traced = trace_at(graph.apply, graph.params, structs)
+    leaves, structure = jax.tree.flatten(structs)
+    traced = graph._program_at(structure, tuple(leaves), _context())
     found, wanted = [s.name for s in traced.sites], [s.name for s in graph.sites]
     if found != wanted:
         difference = sorted(set(found) ^ set(wanted))[:5] or "their order"

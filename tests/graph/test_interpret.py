@@ -365,3 +365,35 @@ def test_a_function_is_read_anew_by_every_trace():
     graph = trace(model, params, x)
     for batch in (x[:1], x):
         np.testing.assert_array_equal(rerun(graph, params, batch)[0], 5 * batch)
+
+
+def test_a_shape_is_traced_once():
+    calls = []
+
+    def apply(params, x):
+        calls.append(x.shape)
+        return x @ params["w"]
+
+    params = {"w": random(5, 3)}
+    graph = trace(apply, params, random(2, 5))
+    calls.clear()
+    for batch in (4, 4, 1, 7, 4):
+        rerun(graph, params, random(batch, 5, seed=batch))
+    assert calls == [(4, 5), (7, 5)]
+    # Tracing depends on more than shapes.
+    seen = []
+
+    def handler(call):
+        seen.append(call.eqn.params["precision"])
+        return call.bind(*call.operands()), None
+
+    with jax.default_matmul_precision("highest"):
+        rerun(graph, params, random(4, 5), handler)
+    rerun(graph, params, random(4, 5), handler)
+    assert seen[0] is not None and seen[1] is None
+    calls.clear()
+    for batch in range(10, 20):
+        rerun(graph, params, random(batch, 5))
+    rerun(graph, params, random(19, 5))
+    rerun(graph, params, random(10, 5))
+    assert len(calls) == 11  # the last few are kept
