@@ -306,7 +306,7 @@ def measure(
     console.print(f"Compiled {prepared.work.name}, batch {batch}; timing")
     seconds, others = cores_of_others(lambda: time_in_turns(contestants, rounds, slow))
     console.print("Timed" if others is None else f"Timed; others used {others:.2f} cores")
-    own = [name for name in (NATIVE_PRODUCTS, NATIVE_CODES, NATIVE) if name in seconds]
+    own = [name for name in (NATIVE_CODES, NATIVE) if name in seconds]
     rows = {
         name: {
             "milliseconds": 1e3 * statistics.median(seconds[name]),
