@@ -44,6 +44,7 @@ from jaxrmils.lowering.native_model import PART_OF_PROGRAM
 FLOAT, DEPTHWISE, INT8, INT4 = "float", "depthwise", "w8a8", "w4a8"
 CODES, DYNAMIC, PRODUCTS = "codes", "w8a8d", "products"
 NATIVE, NATIVE_CODES, NATIVE_PRODUCTS = "native", "native codes", "native products"
+NATIVE_WHOLE, WHOLE = "native whole", "whole"
 QWIX, QWIX_STATIC, ONNX = "qwix", "qwix static", "onnxruntime"
 TITLES = {
     FLOAT: "XLA float32",
@@ -55,12 +56,15 @@ TITLES = {
     NATIVE: "jaxrmils w8a8, native kernels",
     NATIVE_CODES: "native kernels, shortcuts in codes",
     NATIVE_PRODUCTS: "native kernels, products of activations in float",
+    NATIVE_WHOLE: "native kernels, batches not in parts",
     INT4: "jaxrmils w4a8",
     QWIX: "qwix w8a8",
     QWIX_STATIC: "qwix w8a8, static ranges",
     ONNX: "onnxruntime int8",
 }
 AGAINST = (DEPTHWISE, CODES, DYNAMIC, PRODUCTS, NATIVE, QWIX, ONNX)
+OTHERS = (FLOAT, WHOLE)
+"""What may be asked for besides."""
 CALIBRATION_BATCH = 2
 SLOW_ROUNDS = 3
 
@@ -119,6 +123,8 @@ def quantized(work: Workload, against: frozenset[str]) -> dict[str, tuple[Any, A
         models[CODES] = jr.quantize(graph, work.variables, plan, ranges)
     if NATIVE in against:
         kinds = {INT8: NATIVE, CODES: NATIVE_CODES, PRODUCTS: NATIVE_PRODUCTS}
+        if WHOLE in against:
+            models[NATIVE_WHOLE] = jr.native(models[INT8], at_once=None)
         models |= {kinds[name]: jr.native(models[name]) for name in kinds if name in models}
     return {name: (model.apply, model.params) for name, model in models.items()}
 
@@ -435,7 +441,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--against", type=listed, default=AGAINST,
         help="any of depthwise,codes,w8a8d,products,native,qwix,onnxruntime (all); float is always "
-        "there, and native kernels run what else is compared",
+        "there, native kernels run what else is compared, and with whole also batches not in parts",
     )  # fmt: skip
     parser.add_argument("--weights", type=Path, help="a checkpoint, with one model (random)")
     parser.add_argument("--calls", type=int, default=2000, help="calls for the overhead (2000)")
@@ -445,7 +451,7 @@ def parse() -> argparse.Namespace:
     if options.quick:
         options.models, options.batches = ("tiny_resnet", "tiny_bert"), ("2",)
         options.rounds, options.calls = 2, 10
-    for given, known in ((options.models, NETWORKS), (options.against, (FLOAT, *AGAINST))):
+    for given, known in ((options.models, NETWORKS), (options.against, (*OTHERS, *AGAINST))):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(known)}")
     if options.weights and len(options.models) != 1:
