@@ -136,3 +136,15 @@ def test_networks_are_the_zoos_and_unknown_ones_are_named(script):
     assert make_inputs(3).shape == (3, 224, 224, 3)
     with pytest.raises(ValueError, match="no network 'x'; expected one of resnet18"):
         models.workload("x")
+
+
+@pytest.mark.skipif(kernels.available() is not None, reason="no native kernels")
+def test_whole_batches_beside_parts(tmp_path):
+    output = tmp_path / "result.json"
+    done = run(
+        *("--models", "tiny_resnet", "--batches", "2", "--rounds", "1", "--calls", "2"),
+        *("--against", "native,whole", "--output", str(output)),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["tiny_resnet, batch 2"]["rows"]
+    assert rows["native whole"]["error"] == rows["native"]["error"]
