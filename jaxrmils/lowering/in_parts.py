@@ -40,7 +40,8 @@ def examples_at_once(
     >>> examples_at_once(lambda p, x: x.sum(), None, x) is None
     True
     """
-    limit, found = limit or TEMPORARY_BYTES, []
+    limit = TEMPORARY_BYTES if limit is None else limit
+    found = []
     for size in _SIZES:
         inputs = jax.tree.map(
             lambda leaf, n=size: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), example
@@ -80,13 +81,12 @@ def in_parts(run: Callable[[Any], Any], inputs: Any, at_once: int | None) -> Any
         return run(inputs)
     size = part_size(batch, at_once)
     count, rest = divmod(batch, size)
-    parts = jax.tree.map(
-        lambda x: jnp.asarray(x)[: count * size].reshape(count, size, *x.shape[1:]), inputs
-    )
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    parts = jax.tree.map(lambda x: x[: count * size].reshape(count, size, *x.shape[1:]), inputs)
     outputs = jax.tree.map(lambda y: y.reshape(count * size, *y.shape[2:]), jax.lax.map(run, parts))
     if not rest:
         return outputs
-    last = run(jax.tree.map(lambda x: jnp.asarray(x)[count * size :], inputs))
+    last = run(jax.tree.map(lambda x: x[count * size :], inputs))
     return jax.tree.map(lambda *each: jnp.concatenate(each), outputs, last)
 
 

@@ -30,12 +30,13 @@ def why_no_kernel(model: QuantizedModel, site: Site, eqn: compat.JaxprEqn) -> st
         return f"{dtype} results"
     if any(grid.scale.size != 1 for grid in model.params.grids[site.name]):
         return "several grids for one input"
-    weight = "" if site.weight is None else f"w{layer.weight_bits}"
+    bits = f"a{layer.activation_bits}"
     if site.weight is None:
         operation, reason = _activations_form(eqn)
     else:
         operation, reason = _conv_form(eqn) if site.kind == "conv" else _dot_form(site, eqn)
-    if reason is None and not has_kernel(operation, f"{weight}a{layer.activation_bits}"):
+        bits = f"w{layer.weight_bits}{bits}"
+    if reason is None and not has_kernel(operation, bits):
         return f"no kernel for {operation!r} in {layer.format}"
     return reason
 

@@ -195,7 +195,7 @@ EXACT = {
 }
 
 
-def check_function(name, shape, kernel, features, seed):
+def check_function(name, shape, kernel, features, seed, residual="none"):
     """A kernel's function of its own linear results, and the codes of that."""
     rng = np.random.default_rng(seed)
     x = jnp.asarray(random_codes(rng, shape))
@@ -204,11 +204,9 @@ def check_function(name, shape, kernel, features, seed):
     run, pack = (conv, pack_conv) if features else (depthwise, pack_depthwise)
     packed = pack(jnp.asarray(w))
     function = jax.jit(lambda e: run(x, packed, e, x_zero=jnp.int32(3), **SAME))
-    sums = jax.eval_shape(
-        function, Epilogue(*[jnp.ones(w.shape[-1])] * 2, jnp.ones(w.shape[-1], int))
-    )
+    out = (*shape[:-1], w.shape[-1])
     linear = random_epilogue(
-        rng, sums.shape, residual="none", clamp="none", codes=False, spread=2000 * w[..., 0].size
+        rng, out, residual=residual, clamp="none", codes=False, spread=2000 * w[..., 0].size
     )
     linear = dataclasses.replace(linear, scale=linear.scale * 20)
     before = np.asarray(function(linear), np.float64)
@@ -227,9 +225,11 @@ def check_function(name, shape, kernel, features, seed):
 
 @needs_kernels
 @pytest.mark.parametrize("name", EXACT)
-@pytest.mark.parametrize("features", [21, None])
-def test_functions_equal_numpy(name, features):
-    check_function(name, (2, 9, 8, 35), (3, 3), features, 0)
+@pytest.mark.parametrize(
+    ("features", "residual"), [(21, "none"), (None, "none"), (21, "codes"), (None, "float32")]
+)
+def test_functions_equal_numpy(name, features, residual):
+    check_function(name, (2, 9, 8, 35), (3, 3), features, 0, residual)
 
 
 def test_functions_are_known_by_name():

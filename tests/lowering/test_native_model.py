@@ -281,7 +281,9 @@ def test_attention_stays_in_codes_but_for_its_softmax(real, request):
     found = jr.native(model)
     assert not found.reasons
     if real:
-        close(found(random(5, 4, 8, seed=5)), model(random(5, 4, 8, seed=5)))
+        x = random(5, 4, 8, seed=5)
+        close(found(x), model(x))
+        assert jax.jit(found.apply).lower(found.params, x).as_text().count("@jaxrmils_") == 6
         return
     emitted = request.getfixturevalue("emitted")
     close(found.apply(found.params, random(5, 4, 8, seed=5)), model(random(5, 4, 8, seed=5)))

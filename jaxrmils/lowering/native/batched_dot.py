@@ -14,6 +14,7 @@ from jaxtyping import Array, Int8, Int32
 
 from jaxrmils.lowering.integer_dot import DotDimensionNumbers, check_accumulator, code_bound
 from jaxrmils.lowering.native import build
+from jaxrmils.lowering.native.batching import one_by_one
 from jaxrmils.lowering.native.epilogue import Epilogue, check
 
 
@@ -84,15 +85,7 @@ def batched_dot(
     def over(size: int, batched: Any, *operands: Any) -> tuple[Array, bool]:
         """One more batched dim; one by one where more than the operands has it."""
         if any(jax.tree.leaves(batched[2:])):
-            leaves, structure = jax.tree.flatten(operands)
-            mapped = jax.tree.leaves(batched)
-
-            def one(chosen: Sequence[Array]) -> Array:
-                rest = iter(chosen)
-                values = [next(rest) if m else x for x, m in zip(leaves, mapped, strict=True)]
-                return run(*structure.unflatten(values))
-
-            return jax.lax.map(one, [x for x, m in zip(leaves, mapped, strict=True) if m]), True
+            return one_by_one(run, operands, batched), True
         lhs, rhs = (
             x if has else jnp.broadcast_to(x, (size, *x.shape))
             for x, has in zip(operands[:2], batched[:2], strict=True)
@@ -101,19 +94,11 @@ def batched_dot(
         if epilogue.residual is not None:
             residual = jnp.broadcast_to(epilogue.residual, (size, *shape))
             epilogue = dataclasses.replace(epilogue, residual=residual)
-        later = [[tuple(d + 1 for d in dims) for dims in pair] for pair in (contracted, batch)]
-        numbers = (
-            (later[0][0], later[0][1]),
-            ((0, *later[1][0]), (0, *later[1][1])),
-        )
-        result = batched_dot(
-            lhs,
-            rhs,
-            epilogue,
-            lhs_zero=lhs_zero,
-            rhs_zero=rhs_zero,
-            dimension_numbers=numbers,
-        )
+        left, right = ([d + 1 for d in dims] for dims in contracted)
+        more, others = ((0, *(d + 1 for d in dims)) for dims in batch)
+        zeros = {"lhs_zero": lhs_zero, "rhs_zero": rhs_zero}
+        numbers = ((left, right), (more, others))
+        result = batched_dot(lhs, rhs, epilogue, **zeros, dimension_numbers=numbers)
         return result, True
 
     return run(lhs, rhs, epilogue, zeros)

@@ -24,7 +24,7 @@ Grid = tuple[Float32[Array, ""], Int32[Array, ""]]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Epilogue:
-    """What follows a product; the module says in what order.
+    """What follows a product; the module `kernels` says in what order.
 
     Attributes:
         scale: factor of every output channel.
@@ -95,6 +95,7 @@ def _grid(name: str, grid: Grid | None) -> Grid:
 
 
 def check(name: str, value: Array, dtype: Any, shape: tuple[int, ...]) -> None:
+    """Raises TypeError for another dtype and ValueError for another shape, by name."""
     if value.dtype != dtype:
         raise TypeError(f"{name} must be {jnp.dtype(dtype).name}, found {value.dtype}")
     if value.shape != tuple(shape):

@@ -29,6 +29,7 @@ from jaxtyping import Array, Int8, Int32
 from jaxrmils.lowering.integer_dot import check_accumulator, code_bound
 from jaxrmils.lowering.native import build
 from jaxrmils.lowering.native.batched_dot import batched_dot
+from jaxrmils.lowering.native.batching import one_by_one
 from jaxrmils.lowering.native.epilogue import Epilogue, check
 from jaxrmils.lowering.native.packing import (
     PackedConv,
@@ -266,14 +267,7 @@ def _batched(
     @run.def_vmap
     def batch(size: int, batched: Sequence[bool], *operands: Array) -> tuple[Array, bool]:
         if any(batched[2:]):
-            mapped = [value for value, has in zip(operands, batched, strict=True) if has]
-
-            def one(values: Sequence[Array]) -> Array:
-                rest = iter(values)
-                chosen = zip(operands, batched, strict=True)
-                return run(*(next(rest) if has else value for value, has in chosen))
-
-            return jax.lax.map(one, mapped), True
+            return one_by_one(run, operands, batched), True
         x, residual, *others = operands
         if not batched[0]:
             x = jnp.broadcast_to(x, (size, *x.shape))

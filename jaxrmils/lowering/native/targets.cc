@@ -5,6 +5,8 @@
 #include "depthwise.h"
 #include "xla/ffi/api/ffi.h"
 
+#include <utility>
+
 namespace ffi = xla::ffi;
 
 namespace jaxrmils {
@@ -140,13 +142,18 @@ auto binding() {
       .Arg<Floats>();         // the function's table
 }
 
+// The result and the numbers that all targets share.
+template <class Binding>
+auto with_result(Binding operands) {
+  return std::move(operands)
+      .template Ret<ffi::AnyBuffer>()
+      .template Attr<float>("low")
+      .template Attr<float>("high")
+      .template Attr<float>("reach");
+}
+
 auto window_binding() {
-  return binding()
-      .Arg<Ints>()  // x_zero
-      .Ret<ffi::AnyBuffer>()
-      .Attr<float>("low")
-      .Attr<float>("high")
-      .Attr<float>("reach")
+  return with_result(binding().Arg<Ints>())  // x_zero
       .Attr<ffi::Span<const int64_t>>("kernel")
       .Attr<ffi::Span<const int64_t>>("strides")
       .Attr<ffi::Span<const int64_t>>("low_padding")
@@ -154,13 +161,7 @@ auto window_binding() {
 }
 
 auto batched_binding() {
-  return binding()
-      .Arg<Ints>()  // lhs_zero
-      .Arg<Ints>()  // rhs_zero
-      .Ret<ffi::AnyBuffer>()
-      .Attr<float>("low")
-      .Attr<float>("high")
-      .Attr<float>("reach")
+  return with_result(binding().Arg<Ints>().Arg<Ints>())  // lhs_zero, rhs_zero
       .Attr<ffi::Span<const int64_t>>("batch")
       .Attr<ffi::Span<const int64_t>>("lhs_strides")
       .Attr<ffi::Span<const int64_t>>("rhs_strides")
@@ -170,13 +171,8 @@ auto batched_binding() {
 }  // namespace
 }  // namespace jaxrmils
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    jaxrmils_dot, jaxrmils::dot_target,
-    jaxrmils::binding()
-        .Ret<ffi::AnyBuffer>()
-        .Attr<float>("low")
-        .Attr<float>("high")
-        .Attr<float>("reach"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrmils_dot, jaxrmils::dot_target,
+                              jaxrmils::with_result(jaxrmils::binding()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrmils_batched_dot, jaxrmils::batched_target,
                               jaxrmils::batched_binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxrmils_conv, jaxrmils::conv_target, jaxrmils::window_binding());
