@@ -17,9 +17,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxrmils.graph import Graph, Site, SiteCall, compat, interpret
+from jaxrmils.graph import Graph, Site, compat, interpret
 from jaxrmils.graph.program import Call, Program, SiteStep
 from jaxrmils.graph.reads import MAX_POOL
 from jaxrmils.lowering.in_parts import examples_at_once, in_parts
@@ -27,15 +26,10 @@ from jaxrmils.lowering.integer_dot import BACKENDS
 from jaxrmils.lowering.kernel_forms import is_depthwise, why_no_kernel
 from jaxrmils.lowering.max_pool import run_max_pool
 from jaxrmils.lowering.native import kernels
-from jaxrmils.lowering.pending_product import Dequantized, Product, Tail, codes_of
-from jaxrmils.lowering.quantized_model import (
-    QuantizedModel,
-    QuantizedWeight,
-    run_site,
-    site_scope,
-)
-from jaxrmils.lowering.sites import LoweringError, integer_kernel
-from jaxrmils.numerics import QTensor, QuantParams, Rounding
+from jaxrmils.lowering.native_sites import Vectors, run_native_site
+from jaxrmils.lowering.quantized_model import QuantizedModel, QuantizedWeight
+from jaxrmils.lowering.sites import LoweringError
+from jaxrmils.numerics import QTensor, QuantParams
 from jaxrmils.policies import roundings_by_site
 
 PART_OF_PROGRAM = 64_000_000
@@ -62,25 +56,6 @@ class NativeWeight:
     packed: Mapping[str, Any]
     scales: Mapping[str, Any]
     sums: Mapping[str, Any]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["scale", "offset", "correction"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class Vectors:
-    """What a kernel does by channel, of parameters alone; see `kernels.Epilogue`.
-
-    Attributes:
-      scale, offset: float32 [channels].
-      correction: int32 [channels].
-    """
-
-    scale: Any
-    offset: Any
-    correction: Any
 
 
 @functools.partial(
@@ -164,7 +139,7 @@ def _run(
 ) -> Any:
     """The outputs; `made` collects what kernels do by channel."""
     roundings = roundings_by_site(model.graph, model.plan)
-    handler = functools.partial(_handler, model, roundings, params.vectors, made)
+    handler = functools.partial(run_native_site, model, roundings, params.vectors, made)
     structs = jax.tree.leaves(jax.tree.map(compat.abstract, model.graph.params))
     leaves = [
         jnp.zeros(struct.shape, struct.dtype) if name in unread else params.leaves.get(name)
@@ -319,149 +294,3 @@ def _packed(graph: Graph, site: Site, weight: QuantizedWeight) -> tuple[Any, Any
         scale = jnp.broadcast_to(kept, shape).reshape(-1)
     scale = jnp.broadcast_to(scale.astype(jnp.float32), (features,))
     return packed, scale, jnp.asarray(weight.sums[site.name]).reshape(-1)
-
-
-def _handler(
-    model: QuantizedModel,
-    roundings: Any,
-    vectors: Mapping[str, Vectors],
-    made: dict[str, list[Vectors]],
-    call: SiteCall,
-) -> tuple[Any, Any]:
-    weight, name = call.weight, call.site.name
-    if weight is None and why_no_kernel(model, call.site, call.eqn) is None:
-        return _activations_product(model, roundings[name], call), None
-    if weight is None or name not in weight.packed:
-        if weight is not None:
-            call = dataclasses.replace(call, weight=weight.quantized)
-        return run_site(
-            model.plan, roundings, model.equal_grids, integer_kernel("cpu"), True, call
-        )[0], None
-    (grid,), (rounding,) = call.state, roundings[name]
-    codes = _codes(model, call, 0, 0, rounding)
-    return _product(call, codes, grid, vectors, made.setdefault(name, [])), None
-
-
-def _codes(
-    model: QuantizedModel, call: SiteCall, operand: int, number: int, rounding: Rounding
-) -> Any:
-    """The codes of an operand, the site's activation of some number."""
-    name, grid = call.site.name, call.state[number]
-    key = (model.equal_grids[name][number], rounding)
-    with jax.named_scope(site_scope(name)):
-        codes = call.once(operand, key, lambda x: codes_of(x, grid, rounding))
-    if operand in call.shared:
-        dtype = compat.abstract(call.eqn.invars[operand]).dtype
-        call.store(operand, Dequantized(codes, grid, dtype))
-    return codes
-
-
-def _activations_product(
-    model: QuantizedModel, roundings: tuple[Rounding, ...], call: SiteCall
-) -> Product:
-    """A product of two activations, to be computed with what follows it."""
-    name, grids = call.site.name, call.state
-    lhs, rhs = (_codes(model, call, number, number, roundings[number]) for number in range(2))
-    zeros = [jnp.zeros((), jnp.int32) if g.symmetric else g.zero_point.reshape(()) for g in grids]
-    shape = _output_shape(call, lhs)
-    ones = jnp.ones(shape[-1:], jnp.float32)
-
-    def emit(tail: Tail, grid: QuantParams | None) -> Any:
-        with jax.named_scope(site_scope(name)):
-            return kernels.batched_dot(
-                lhs,
-                rhs,
-                _epilogue(tail, jnp.zeros(shape[-1:], jnp.int32), grid),
-                lhs_zero=zeros[0],
-                rhs_zero=zeros[1],
-                dimension_numbers=call.eqn.params["dimension_numbers"],
-            )
-
-    scale = grids[0].scale.reshape(()) * grids[1].scale.reshape(())
-    return Product(emit, Tail(scale * ones, jnp.zeros_like(ones)), shape)
-
-
-def _epilogue(tail: Tail, correction: Any, grid: QuantParams | None) -> kernels.Epilogue:
-    residual_grid = tail.residual_grid
-    return kernels.Epilogue(
-        scale=tail.scale,
-        offset=tail.offset,
-        correction=correction,
-        residual=tail.residual,
-        residual_grid=None if residual_grid is None else _pair(residual_grid),
-        low=tail.low,
-        high=tail.high,
-        function=tail.function,
-        grid=None if grid is None else _pair(grid),
-    )
-
-
-def _product(
-    call: SiteCall,
-    codes: Any,
-    grid: QuantParams,
-    vectors: Mapping[str, Vectors],
-    made: list[Vectors],
-) -> Product:
-    """The site's product, to be computed with what follows it."""
-    weight, name, params = call.weight, call.site.name, call.eqn.params
-    packed, known = weight.packed[name], vectors.get(name)
-    zero = jnp.zeros((), jnp.int32) if grid.symmetric else grid.zero_point.reshape(())
-    shape = _output_shape(call, codes)
-    if known is None:
-        scale = grid.scale.reshape(()) * weight.scales[name]
-        correction = kernels.correction(weight.sums[name], zero)
-        start = Vectors(scale, jnp.zeros_like(scale), correction)
-    else:
-        start = known  # What its tail becomes is known, and not read.
-    channels = start.scale.shape[0]
-
-    def emit(tail: Tail, grid: QuantParams | None) -> Any:
-        by_channel = known or Vectors(tail.scale, tail.offset, start.correction)
-        made.append(by_channel)
-        residual = tail.residual
-        if residual is not None and not is_conv:
-            residual = residual.reshape(-1, channels)
-        whole = dataclasses.replace(
-            tail, scale=by_channel.scale, offset=by_channel.offset, residual=residual
-        )
-        epilogue = _epilogue(whole, by_channel.correction, grid)
-        with jax.named_scope(site_scope(name)):
-            if not is_conv:
-                flat = codes.reshape(-1, math.prod(codes.shape[-contracted:]))
-                return kernels.dot(flat, packed, epilogue).reshape(shape)
-            run = kernels.depthwise if is_depthwise(call.eqn) else kernels.conv
-            return run(
-                codes,
-                packed,
-                epilogue,
-                x_zero=zero,
-                strides=params["window_strides"],
-                padding=params["padding"],
-                dilation=params["rhs_dilation"],
-            )
-
-    is_conv = call.site.kind == "conv"
-    contracted = 0 if is_conv else len(params["dimension_numbers"][0][0])
-    tail = Tail(start.scale, start.offset)
-    if not is_conv and len(shape) != codes.ndim - contracted + 1:
-        # Features in several dims: nothing is by channel of the last one alone.
-        return _Whole(emit, tail, shape)
-    return Product(emit, tail, shape)
-
-
-class _Whole(Product):
-    """A product whose features lie in several dims; it takes along clamps alone."""
-
-    def _by_channel(self, other: Any) -> Any:
-        return None
-
-
-def _pair(grid: QuantParams) -> tuple[Any, Any]:
-    return grid.scale.reshape(()), grid.zero_point.reshape(())
-
-
-def _output_shape(call: SiteCall, codes: Any) -> tuple[int, ...]:
-    """Of the site's result, at the batch size of the codes."""
-    traced = compat.abstract(call.eqn.outvars[0]).shape
-    return tuple(int(n) if isinstance(n, (int, np.integer)) else n for n in traced)

@@ -15,7 +15,7 @@ from stages import traced
 import jaxrmils as jr
 from jaxrmils.graph import compat
 from jaxrmils.graph.functions import FUNCTIONS
-from jaxrmils.lowering import in_parts, native_model
+from jaxrmils.lowering import in_parts, native_model, native_sites
 from jaxrmils.lowering.native import kernels
 from jaxrmils.lowering.pending_product import clamp_of
 from jaxrmils.lowering.sites import LoweringError
@@ -23,10 +23,15 @@ from jaxrmils.lowering.sites import LoweringError
 MISSING = kernels.available()
 
 
+def put_stand_ins(patched):
+    for module in (native_model, native_sites):
+        patched.setattr(module, "kernels", reference_kernels)
+
+
 @pytest.fixture(autouse=True)
 def stand_in(request, monkeypatch):
     if "real" not in request.keywords:
-        monkeypatch.setattr(native_model, "kernels", reference_kernels)
+        put_stand_ins(monkeypatch)
 
 
 @pytest.fixture
@@ -151,7 +156,7 @@ def test_the_kernels_give_what_their_stand_ins_give(shortcuts, monkeypatch):
     model = made(net, PARAMS, X, shortcuts, "w4a8")
     found = jr.native(model)
     with monkeypatch.context() as patched:
-        patched.setattr(native_model, "kernels", reference_kernels)
+        put_stand_ins(patched)
         expected = [jax.jit(jr.native(model).apply)(jr.native(model).params, x) for x in (X, X[:1])]
     for x, outputs in zip((X, X[:1]), expected, strict=True):
         np.testing.assert_allclose(jax.jit(found.apply)(found.params, x), outputs, rtol=1e-6)
