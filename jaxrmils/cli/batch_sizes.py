@@ -39,8 +39,10 @@ def with_exact_batch_size(
       ScoreError: not even a single example fits.
     """
     steps: list[Step] = ["score"] if config.loss == "task" else ["simulate"]
-    if config.policy.name == "lossless" or config.policy.refine or config.verify.attribute:
+    if config.policy.name == "lossless" or config.verify.attribute:
         steps.append("attribute")
+    if config.policy.refine:
+        steps.append("refine")
     if has_measured_costs(config):
         steps.append(_step(config.policy.objective))
     return _with_size(config, _exact(config, config.policy, graph, params, task, ranges, steps))

@@ -202,7 +202,7 @@ def _refined(
     progress = silent if args.quiet else bars
     points = []
     for point in progress(solved, "refining budgets", len(solved)):
-        options = {**settings, "rounds": rounds, "seed": network.config.seed}
+        options = {**settings, "rounds": rounds}
         plan = refined(simulation, scores, point.limits, **options).plan
         predicted = plan_interval(scores, plan, settings["clusters"])
         points.append(

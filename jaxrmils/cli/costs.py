@@ -137,7 +137,6 @@ def budget_plan(
         scores,
         limits,
         rounds=rounds,
-        seed=config.seed,
         progress=progress,
         **settings,
     )

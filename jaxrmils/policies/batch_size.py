@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrmils.graph import Graph
 from jaxrmils.numerics.calibration import Ranges
@@ -25,7 +26,7 @@ from jaxrmils.sensitivity.batch_size import SIZES, fitting_batch_size
 from jaxrmils.sensitivity.scores import Scoring
 
 Step = Literal[
-    "score", "attribute", "simulate", "squared_output", "fisher", "hessian_trace", "sqnr"
+    "score", "attribute", "refine", "simulate", "squared_output", "fisher", "hessian_trace", "sqnr"
 ]
 STEPS: tuple[Step, ...] = get_args(Step)
 _USUAL = CandidateSet()
@@ -61,7 +62,7 @@ def batch_size_for(
       ranges: from `calibrate`, at whatever batch size.
       inputs: examples, or their shapes; how many does not matter.
       targets: likewise.
-      steps: what will run: "score", "attribute" (also `lossless` and `refined`), "simulate" (their
+      steps: what will run: "score", "attribute" (also `lossless`), "refine", "simulate" (their
         forward passes alone, and the objective "measured"), or the pass of an objective:
         "squared_output", "fisher", "hessian_trace", "sqnr".
       points: quadrature points of an attribution.
@@ -143,14 +144,16 @@ def _programs(
     grids, off = to_host(ranges), to_host(all_off(graph, ranges))
     model = (params, noise, grids)
 
-    def attribute(x: Any, y: Any) -> Sequence[Any]:
+    def attribute(x: Any, y: Any, slope: Any = None) -> Sequence[Any]:
         count = jax.tree.leaves(x)[0].shape[0]
         float_loss = jax.ShapeDtypeStruct((count,), jnp.float32)
-        return [simulator.secants.lower(*model, off, x, y, float_loss, candidates=candidates)]
+        batch = (x, y, float_loss, np.float32(1.0), slope)
+        return [simulator.secants.lower(*model, off, *batch, candidates=candidates)]
 
     return {
         "score": lambda x, y: [jax.jit(scoring.step).lower(*model, x, y)],
         "attribute": attribute,
+        "refine": lambda x, y: attribute(x, y, np.float32(0.0)),
         "simulate": lambda x, y: [simulator.losses.lower(*model, off, x, y, candidates=candidates)],
     }
 

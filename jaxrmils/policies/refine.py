@@ -1,11 +1,10 @@
 """Secant refinement of a budget's plan: from single layers' costs to those in company.
 
-The tangent's plan is simulated, and its joint loss change shared out among its layers by the secant
-(`jaxrmils.sensitivity.secant`). What options are believed to cost beyond the first order is
-corrected by these shares (`beliefs`), first-order slopes are added as far as they are more than
-luck, and the budget is solved again in a trust region: at most so many layers may differ from the
-plan so far. Every step is judged by cross-fitting: the same steps are taken with each part of the
-examples left out, and the plans found so are measured on the part that is left out.
+The tangent's plan is simulated, and what it costs beyond slopes shared out among its layers by the
+secant (`jaxrmils.sensitivity.secant`). What options are believed to cost is corrected by these
+shares (`beliefs`), first-order slopes are added as far as they are more than luck, and the budget
+is solved again in a trust region: at most so many layers may differ from the best plan so far.
+Plans are compared by what is believed of them, not by what was measured (`refine_search`).
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from jaxrmils.policies.budget.groups import Groups
 from jaxrmils.policies.budget.limits import LatencyTable, Limits
 from jaxrmils.policies.budget.policy import DEFAULT_FORMATS
 from jaxrmils.policies.budget.programme import Solution
-from jaxrmils.policies.budget.solve import plan_of, programme_of
+from jaxrmils.policies.budget.solve import infeasible, plan_of, programme_of
 from jaxrmils.policies.costs import Costs
 from jaxrmils.policies.formats import PlanError
 from jaxrmils.policies.objectives import Roundings, layer_options, tangent_costs
 from jaxrmils.policies.plan import LayerPlan, Plan
 from jaxrmils.policies.refine_search import (
-    Chain,
     RefinementSearch,
     Step,
+    bare,
     believed,
     first_beliefs,
-    sides_of,
     tangents_of,
 )
+from jaxrmils.policies.rest import Rest, is_linear
 from jaxrmils.policies.simulation import Simulation
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import Scores
@@ -50,19 +49,18 @@ class Round:
 
     Attributes:
       plan: the plan.
-      selection: its measured joint change on all selection examples, which chose it.
-      cross_fitted: the change, on every example, of the plan of those steps that did not see it,
-        without sampling noise of the first-order part (see `refine_search`).
+      selection: its measured joint change on the selection examples, which chose it.
+      estimate: the change as far as it is believed: without what is luck of these examples (see
+        `refine_search`).
       size_bytes: of the quantized model.
       radius: in how many layers it could differ from the plan it came from; None for the first.
       changed: in how many it does.
-      is_improvement: did the cross-fitted change become lower? Only then do further rounds go on
-        from here.
+      is_improvement: did the estimate become lower? Only then do further rounds go on from here.
     """
 
     plan: Plan
     selection: Interval
-    cross_fitted: Interval
+    estimate: Interval
     size_bytes: float
     radius: int | None
     changed: int
@@ -77,7 +75,7 @@ class UniformPlan:
       format: its name.
       plan: the plan.
       selection: its measured joint change on the selection examples.
-      estimate: the same without sampling noise of the first-order part; nothing chose the plan.
+      estimate: as of a `Round`.
       size_bytes: of the quantized model.
     """
 
@@ -96,7 +94,7 @@ class Refined:
       plan: the plan: on the selection examples no worse than any of `uniforms`, see `guard`.
       selection: its measured joint change on the selection examples: no evidence, since they chose
         it.
-      estimate: its cross-fitted change; for a uniform plan, its `estimate`.
+      estimate: what is believed of it; of all plans that `guard` allows, the lowest upper end.
       chosen: the plan's index in `rounds`; None where a uniform plan was taken.
       rounds: what was tried, in order.
       uniforms: every uniform plan within the budget.
@@ -123,8 +121,6 @@ def refined(
     objective: str | Costs = "squared",
     rounds: int = 4,
     radius: int | None = None,
-    folds: int = 4,
-    seed: int = 0,
     guard: Guard = "mean",
     rounding: Roundings = "nearest",
     formats: Sequence[str] = DEFAULT_FORMATS,
@@ -139,8 +135,8 @@ def refined(
 ) -> Refined:
     """The plan of the least loss within a budget that a few rounds of measuring find.
 
-    A round costs one attribution (`Simulation.attribute`) and one forward pass for each fold;
-    before the first, every format is attributed throughout the network once.
+    A round costs one attribution (`Simulation.attribute`) and two measurements of a plan; before
+    the first, every format is attributed throughout the network once.
 
     Args:
       simulation: `Simulator(graph, loss).on(params, ranges, selection)`.
@@ -151,15 +147,13 @@ def refined(
       rounds: steps after the first plan, at most.
       radius: in how many layers the first step may differ from the first plan; by default all of
         them. It is doubled after a step that improves and halved after one that does not.
-      folds: parts that the examples are dealt to for cross-fitting.
-      seed: of the dealing.
       guard: what a plan must not be, against any uniform plan of the budget, on the selection
         examples: "mean", of a higher mean loss; "chance", of a higher mean loss beyond chance, by
         the 95 % interval of the paired difference. The second does not fall for a uniform plan
         that a few noisy examples happen to like.
       rounding, formats, skip, force, groups, capabilities, latency, time_limit: as for `budget`.
-      clusters: [N], the group of each example, where examples depend on each other: a group is
-        never on both sides of a cross-fit, and standard errors are the groups'.
+      clusters: [N], the group of each example, where examples depend on each other; standard
+        errors are then the groups'.
       progress: see `jaxrmils.progress`.
 
     Returns:
@@ -168,8 +162,8 @@ def refined(
 
     Raises:
       InfeasibleBudgetError: no plan is within the limits.
-      PlanError: numbers out of range, scores of other examples or another model, an objective
-        that is negative or zero throughout, and as `budget`.
+      PlanError: numbers out of range, a single example, scores of other examples or another model,
+        an objective that is negative or zero throughout, and as `budget`.
       ScoreError: a loss that is not finite.
       StatisticsError: clusters that do not fit.
 
@@ -190,41 +184,36 @@ def refined(
     rules = Rules(formats, skip, dict(force or {}), groups, capabilities, latency)
     allowed = [*rules.allowed().values(), *rules.force.values()]
     simulation = simulation.holding(allowed)
-    _check(simulation, scores, rounds, radius, folds)
+    _check(simulation, scores, rounds, radius)
     if guard not in get_args(Guard):
         raise PlanError(f"guard {guard!r}; expected one of {', '.join(get_args(Guard))}")
-    options = layer_options(scores, allowed, rounding)
     numbers = None if clusters is None else group_numbers(clusters, len(scores))
-    sides = sides_of(len(scores), folds, numbers, seed)
-
-    def costs_on(side: np.ndarray) -> Costs:
-        if isinstance(objective, Costs):
-            return objective
-        return tangent_costs(_taken(scores, side), objective, options)
-
-    costs = costs_on(sides[0])
+    if len(scores) < 2:
+        raise PlanError("of one example, what is luck can't be told; two or more are needed")
+    costs = objective
+    if not isinstance(costs, Costs):
+        costs = tangent_costs(scores, costs, layer_options(scores, allowed, rounding))
     programme = programme_of(scores.table, costs, rules, time_limit)
+    beliefs = first_beliefs(programme, costs)
+    first = programme.minimise(limits.given(), beliefs)
+    if first is None:
+        raise infeasible(programme, limits)
     tangents = tangents_of(scores, programme)
-    kept = believed(tangents, programme, numbers)
-    search = RefinementSearch(simulation, programme, limits, numbers, tangents, kept, {})
-    chains = []
-    for side in sides:
-        beliefs = first_beliefs(programme, costs_on(side))
-        chains.append(Chain(side, beliefs, search.first(beliefs)))
-    chains = search.learn_formats(chains, progress)
-    radius = radius or len(costs.options)
-    steps = list(progress(search.steps(chains, rounds, radius), "refining plans", rounds + 1))
+    kept, of_labels = believed(tangents, programme, numbers)
+    if is_linear(simulation, scores, bare(programme, first)):
+        of_labels = 1.0
+    rest = Rest(simulation, scores, of_labels)
+    search = RefinementSearch(simulation, rest, programme, limits, numbers, tangents, kept)
+    beliefs = search.learn_formats(beliefs, progress)
+    found = search.steps(first, beliefs, rounds, radius or len(costs.options))
+    steps = list(progress(found, "refining plans", rounds + 1))
     return _Writer(search, rules, limits, clusters, guard).result(steps)
 
 
-def _check(
-    simulation: Simulation, scores: Scores, rounds: int, radius: int | None, folds: int
-) -> None:
+def _check(simulation: Simulation, scores: Scores, rounds: int, radius: int | None) -> None:
     """PlanError for numbers out of range, and for scores of other examples."""
-    if rounds < 0 or folds < 2 or (radius is not None and radius < 1):
-        raise PlanError(
-            f"rounds {rounds}, folds {folds}, radius {radius}: expected at least 0, 2 and 1"
-        )
+    if rounds < 0 or (radius is not None and radius < 1):
+        raise PlanError(f"rounds {rounds}, radius {radius}: expected at least 0 and 1")
     if scores.table.fingerprint != simulation.simulator.graph.fingerprint:
         raise PlanError("the scores were made for another model; score this one")
     losses = simulation.float_loss
@@ -234,19 +223,6 @@ def _check(
             f"the scores hold other examples ({len(scores)}) than the simulation ({losses.size}), "
             "or another loss; score the simulation's examples in the same order"
         )
-
-
-def _taken(scores: Scores, chosen: np.ndarray) -> Scores:
-    """The scores of some examples."""
-    return replace(
-        scores,
-        loss=scores.loss[chosen],
-        activations=scores.activations[chosen],
-        weights=scores.weights[chosen],
-        gradient_sum=scores.gradient_sum[chosen],
-        gradient_square=scores.gradient_square[chosen],
-        shift=None if scores.shift is None else scores.shift[chosen],
-    )
 
 
 @dataclass(frozen=True)
@@ -270,9 +246,9 @@ class _Writer:
         naive = [self.search.change(at) for at in self.search.uniforms().values()]
         # Of equal bounds a round's counts, and the earliest.
         found = [
-            (r.cross_fitted.upper, 0, i)
+            (r.estimate.upper, 0, i)
             for i, (r, step) in enumerate(zip(rounds, steps, strict=True))
-            if self._unbeaten(step.change, naive)
+            if self._unbeaten(self.search.change(step.at), naive)
         ]
         found += [
             (u.estimate.upper, 1, i)
@@ -281,18 +257,17 @@ class _Writer:
         ]
         plans = (rounds, uniforms)
         _, kind, index = min(found)
-        chosen = None if kind else index
         best = plans[kind][index]
-        estimate = best.cross_fitted if isinstance(best, Round) else best.estimate
         record = {
             "chosen": best.format if isinstance(best, UniformPlan) else index,
             "selection": best.selection.mean,
-            "estimate": estimate.mean,
+            "estimate": best.estimate.mean,
             "rounds": [_record(each) for each in rounds],
             "uniform": {u.format: u.selection.mean for u in uniforms},
         }
         plan = replace(best.plan, policy={**best.plan.policy, "refinement": record})
-        return Refined(plan, best.selection, estimate, chosen, rounds, uniforms)
+        chosen = None if kind else index
+        return Refined(plan, best.selection, best.estimate, chosen, rounds, uniforms)
 
     def _unbeaten(self, change: np.ndarray, naive: Sequence[np.ndarray]) -> bool:
         """Is a plan with these changes not worse than any of the naive ones?"""
@@ -303,8 +278,8 @@ class _Writer:
     def _round(self, step: Step) -> Round:
         return Round(
             self._plan(step.at, step.costs),
-            self._interval(step.change),
-            self._interval(step.cross_fitted),
+            self._interval(self.search.change(step.at)),
+            self._interval(self.search.estimate(step.at)),
             self.search.programme.used("size_bytes", step.at),
             step.radius,
             step.changed,
@@ -316,7 +291,7 @@ class _Writer:
             name,
             self._plan(at, costs),
             self._interval(self.search.change(at)),
-            self._interval(self.search.steadied(at)),
+            self._interval(self.search.estimate(at)),
             self.search.programme.used("size_bytes", at),
         )
 
@@ -336,7 +311,7 @@ def _record(each: Round) -> dict[str, Any]:
     """A round as plain values."""
     return {
         "selection": each.selection.mean,
-        "cross_fitted": each.cross_fitted.mean,
+        "estimate": each.estimate.mean,
         "size_bytes": each.size_bytes,
         "radius": each.radius,
         "changed": each.changed,

@@ -2,24 +2,25 @@
 
 What an option i costs in company has two parts, which are learnt apart:
 
-    cost_i = k t_i + b_i
+    cost_i = k_i t_i + b_i
 
 t_i is the mean of its first-order contributions c_i, b_i what the network makes of its noise beyond
-the first order: shares of measured changes without c_i (`beliefs`). The second is a cost, and its
-noise small. The first may be a gain, and is mostly luck: a trained network's mean slope is close to
-0, and what one sees of it depends on the examples. With v_i the variance of t_i, the mean over
-options of t_i^2 / v_i would be 1 if all true slopes were 0. With F what it is,
+them (`rest`). The second is a cost, and its noise small. The first may be a gain, and is mostly
+luck: a trained network's mean slope is close to 0, and what one sees of it depends on the examples.
+With v_i the variance of t_i, the mean over options of t_i^2 / v_i would be 1 if all true slopes
+were 0. With F what it is,
 
-    k = max(0, 1 - 1 / F)                  (positive-part James-Stein)
+    k_i = max(0, 1 - 1 / F)                (positive-part James-Stein)
 
-for the options of a format together, those that round against the slope apart. The rest,
-(1 - k) c_i, is taken from cross-fitted changes before they are compared.
+for the options of a format together, those that round against the slope apart. A plan is judged by
+its posterior mean in the same sense: its measured rest, plus k_i c_i of all its options. Since luck
+is shrunk before plans are compared, the least of many estimates is not the luckiest one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from jaxrmils.policies.budget.solve import infeasible
 from jaxrmils.policies.costs import Costs
 from jaxrmils.policies.formats import PlanError, fit
 from jaxrmils.policies.plan import Plan, layer_prediction
+from jaxrmils.policies.rest import Rest
 from jaxrmils.policies.simulation import Simulation
 from jaxrmils.progress import Progress
 from jaxrmils.sensitivity import Scores
@@ -38,21 +40,8 @@ from jaxrmils.statistics import pseudo_values
 # What an option is believed to cost at least, as a share of the mean of its format: noise whose
 # slope is zero is not free.
 _LEAST = 0.01
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The refinement as these examples see it; the first chain sees all.
-
-    Attributes:
-      sees: bool [N].
-      beliefs: float64 [columns], what options cost beyond the first order.
-      at: the plan so far.
-    """
-
-    sees: np.ndarray
-    beliefs: np.ndarray
-    at: Solution
+# Formats are learnt from noise of this scale: throughout the network, some of them destroy it.
+_SMALL = 0.2
 
 
 @dataclass(frozen=True)
@@ -61,8 +50,6 @@ class Step:
 
     at: Solution
     costs: np.ndarray
-    change: np.ndarray
-    cross_fitted: np.ndarray
     radius: int | None
     changed: int
     is_improvement: bool
@@ -70,91 +57,84 @@ class Step:
 
 @dataclass(frozen=True)
 class RefinementSearch:
-    """What does not change during a refinement, and what was measured.
+    """What does not change during a refinement.
 
     Attributes:
-      simulation: of the model on the selection examples.
+      simulation: of the model on the selection examples; it keeps what it measured.
+      rest: what plans cost beyond first-order slopes.
       programme: the allowed plans.
       limits: the budget.
       clusters: int64 [N], numbers of the examples' groups; None where there are none.
       tangents: float64 [N, columns], every option's first-order contributions.
       kept: float64 [columns], k: how much of them is believed.
-      changes: measured changes, by the bytes of a plan's columns; it grows.
     """
 
     simulation: Simulation
+    rest: Rest
     programme: Programme
     limits: Limits
     clusters: np.ndarray | None
     tangents: np.ndarray
     kept: np.ndarray
-    changes: dict[bytes, np.ndarray]
 
-    def steps(self, chains: list[Chain], rounds: int, radius: int) -> Iterator[Step]:
-        """The first plan, then one plan a round, until nothing moves or the radius is 0."""
-        best = self._step(chains, chains[0].at, None, None)
+    def steps(
+        self, first: Solution, beliefs: np.ndarray, rounds: int, radius: int
+    ) -> Iterator[Step]:
+        """The first plan, then one plan a round, until nothing moves or the radius is 0.
+
+        Args:
+          first: the first plan.
+          beliefs: float64 [columns], what options cost beyond first-order slopes.
+          rounds: steps after the first plan, at most.
+          radius: of the first step.
+        """
+        best = last = Step(first, self.costs(beliefs), None, 0, True)
         yield best
-        last = best
         for _ in range(rounds):
-            chains = self._learnt(chains, last.at)
-            trials = [replace(c, at=self._minimum(self.costs(c), (c.at, radius))) for c in chains]
-            if all(_same(t.at, c.at) for t, c in zip(trials, chains, strict=True)):
+            beliefs = self._learnt(beliefs, last.at)
+            costs = self.costs(beliefs)
+            found = self.minimum(costs, (best.at, radius))
+            changed = int(np.sum(found.columns != best.at.columns))
+            if not changed:
                 return
-            last = self._step(trials, chains[0].at, radius, best)
+            better = float(self.estimate(found).mean()) < float(self.estimate(best.at).mean())
+            last = Step(found, costs, radius, changed, better)
             yield last
-            if last.is_improvement:
-                best, chains, radius = last, trials, min(2 * radius, len(last.at.columns))
+            if better:
+                best, radius = last, min(2 * radius, len(found.columns))
             else:
                 radius //= 2
             if radius == 0:
                 return
 
-    def costs(self, chain: Chain) -> np.ndarray:
-        """float64 [columns]: what every option is believed to cost, first order and beyond."""
-        return chain.beliefs + self.kept * self.tangents[chain.sees].mean(axis=0)
+    def costs(self, beliefs: np.ndarray) -> np.ndarray:
+        """float64 [columns]: what every option is believed to cost, slopes and beyond."""
+        return beliefs + self.kept * self.tangents.mean(axis=0)
 
-    def first(self, beliefs: np.ndarray) -> Solution:
-        """The plan that is best by these beliefs; InfeasibleBudgetError if there is none."""
-        return self._minimum(beliefs, None)
+    def minimum(self, costs: np.ndarray, near: tuple[Solution, int] | None = None) -> Solution:
+        """The plan of least costs, within a trust region; InfeasibleBudgetError if there is none.
 
-    def _minimum(self, beliefs: np.ndarray, near: tuple[Solution, int] | None) -> Solution:
-        found = self.programme.minimise(self.limits.given(), beliefs, near=near)
+        Args:
+          costs: float64 [columns].
+          near: a plan, and in how many layers another may differ from it.
+        """
+        found = self.programme.minimise(self.limits.given(), costs, near=near)
         if found is None:
             raise infeasible(self.programme, self.limits)
         return found
 
-    def _step(
-        self, chains: Sequence[Chain], before: Solution, radius: int | None, best: Step | None
-    ) -> Step:
-        """Measures the first chain's plan on all examples, the others' where they are blind."""
-        whole, *others = chains
-        cross_fitted = np.zeros(len(whole.sees))
-        for chain in others:
-            cross_fitted[~chain.sees] = self.steadied(chain.at)[~chain.sees]
-        return Step(
-            whole.at,
-            self.costs(whole),
-            self.change(whole.at),
-            cross_fitted,
-            radius,
-            int(np.sum(whole.at.columns != before.columns)),
-            best is None or float(cross_fitted.mean()) < float(best.cross_fitted.mean()),
-        )
-
     def change(self, solution: Solution) -> np.ndarray:
         """float64 [N]: the plan's measured joint change."""
-        key = solution.columns.tobytes()
-        if key not in self.changes:
-            self.changes[key] = self.simulation.change(self._bare(solution))
-        return self.changes[key]
+        return self.simulation.change(bare(self.programme, solution))
 
-    def steadied(self, solution: Solution) -> np.ndarray:
-        """float64 [N]: the same without what is luck of its first-order part."""
-        luck = (1 - self.kept) * self.tangents
-        return self.change(solution) - luck[:, solution.columns].sum(axis=1)
+    def estimate(self, solution: Solution) -> np.ndarray:
+        """float64 [N]: the plan's change as far as it is believed."""
+        slopes = (self.kept * self.tangents)[:, solution.columns].sum(axis=1)
+        return self.rest.change(bare(self.programme, solution)) + slopes
 
-    def learn_formats(self, chains: Sequence[Chain], progress: Progress) -> list[Chain]:
-        """Beliefs in the loss's unit, from the shares of every format used throughout the network.
+    def learn_formats(self, beliefs: np.ndarray, progress: Progress) -> np.ndarray:
+        """Beliefs in the loss's unit, from the shares of every format used throughout the network,
+        its noise scaled down.
 
         Options that no format used are scaled as those of the median format.
         """
@@ -162,29 +142,24 @@ class RefinementSearch:
             s.columns.tobytes(): s for s in self._throughout().values() if self._columns(s).size
         }
         found = [
-            self._corrected(chains, solution)
+            self._corrected(beliefs, solution, _SMALL)
             for solution in progress(list(plans.values()), "attributing formats", len(plans))
         ]
         if not found:
-            return list(chains)
-        result = []
-        for chain, of_formats in zip(chains, zip(*found, strict=True), strict=True):
-            beliefs = chain.beliefs * float(np.median([each.scale for _, each in of_formats]))
-            for columns, each in of_formats[::-1]:
-                beliefs[columns] = each.costs
-            result.append(replace(chain, beliefs=beliefs))
-        return result
+            return beliefs
+        learnt = beliefs * float(np.median([each.scale for _, each in found]))
+        for columns, each in found[::-1]:
+            learnt[columns] = each.costs
+        return learnt
 
-    def _learnt(self, chains: Sequence[Chain], solution: Solution) -> list[Chain]:
+    def _learnt(self, beliefs: np.ndarray, solution: Solution) -> np.ndarray:
         """Beliefs corrected by the shares of a plan; what it does not use is scaled with it."""
         if not self._columns(solution).size:
-            return list(chains)
-        result = []
-        for chain, (columns, each) in zip(chains, self._corrected(chains, solution), strict=True):
-            beliefs = chain.beliefs * each.scale
-            beliefs[columns] = each.costs
-            result.append(replace(chain, beliefs=beliefs))
-        return result
+            return beliefs
+        columns, each = self._corrected(beliefs, solution)
+        learnt = beliefs * each.scale
+        learnt[columns] = each.costs
+        return learnt
 
     def _columns(self, solution: Solution) -> np.ndarray:
         """The options of a plan that are not float."""
@@ -192,22 +167,14 @@ class RefinementSearch:
         return np.array(own, np.int64)
 
     def _corrected(
-        self, chains: Sequence[Chain], solution: Solution
-    ) -> list[tuple[np.ndarray, Corrected]]:
-        """Per chain, what a plan quantizes and the corrected beliefs in it."""
+        self, beliefs: np.ndarray, solution: Solution, scale: float = 1.0
+    ) -> tuple[np.ndarray, Corrected]:
+        """What a plan quantizes, and the corrected beliefs in it."""
         columns = self._columns(solution)
-        found = self.simulation.attribute(self._bare(solution))
+        shares = self.rest.shares(bare(self.programme, solution), scale)
         names = [self.programme.columns[i][0] for i in columns]
-        result = []
-        for chain in chains:
-            means, variances = np.transpose(
-                [
-                    _mean(found.layers[name] - self.tangents[:, i], chain.sees, self.clusters)
-                    for name, i in zip(names, columns, strict=True)
-                ]
-            )
-            result.append((columns, corrected(chain.beliefs[columns], means, variances)))
-        return result
+        means, variances = np.transpose([_mean(shares[name], self.clusters) for name in names])
+        return columns, corrected(beliefs[columns], means, variances)
 
     def _throughout(self) -> dict[str, Solution]:
         """The plan that comes closest to every format: float where the rules don't allow it."""
@@ -233,8 +200,10 @@ class RefinementSearch:
             if all(self.programme.used(n, found) <= limit * (1 + 1e-12) for n, limit in limits)
         }
 
-    def _bare(self, solution: Solution) -> Plan:
-        return Plan(self.programme.layers(solution), self.programme.table.fingerprint)
+
+def bare(programme: Programme, solution: Solution) -> Plan:
+    """A solution as a plan that can be simulated."""
+    return Plan(programme.layers(solution), programme.table.fingerprint)
 
 
 def tangents_of(scores: Scores, programme: Programme) -> np.ndarray:
@@ -242,45 +211,27 @@ def tangents_of(scores: Scores, programme: Programme) -> np.ndarray:
     return np.stack([layer_prediction(scores, n, p) for n, p in programme.columns], axis=1)
 
 
-def believed(tangents: np.ndarray, programme: Programme, clusters: np.ndarray | None) -> np.ndarray:
-    """float64 [columns]: the k of every option."""
+def believed(
+    tangents: np.ndarray, programme: Programme, clusters: np.ndarray | None
+) -> tuple[np.ndarray, float]:
+    """The k of every option, float64 [columns], and their mean, weighted by noise."""
     kinds: dict[tuple[str, bool], list[int]] = {}
     for i, (_, p) in enumerate(programme.columns):
         kinds.setdefault((p.format, all(r == "nearest" for r in p.rounding)), []).append(i)
-    kept, sees = np.ones(len(programme.columns)), np.ones(len(tangents), bool)
+    kept, weights = np.ones(len(programme.columns)), np.zeros(len(programme.columns))
     for own in kinds.values():
-        found = [_mean(tangents[:, i], sees, clusters) for i in own]
+        found = [_mean(tangents[:, i], clusters) for i in own]
+        weights[own] = [variance for _, variance in found]
         ratios = [mean**2 / variance for mean, variance in found if variance > 0]
         if ratios:
             kept[own] = max(0.0, 1 - 1 / max(float(np.mean(ratios)), 1e-300))
-    return kept
+    return kept, float(np.average(kept, weights=weights)) if weights.any() else 0.0
 
 
-def _same(a: Solution, b: Solution) -> bool:
-    return bool(np.array_equal(a.columns, b.columns))
-
-
-def _mean(values: np.ndarray, sees: np.ndarray, clusters: np.ndarray | None) -> tuple[float, float]:
-    """Mean over the examples that are seen, and the variance of that mean."""
-    own = values[sees]
-    units = own
-    if clusters is not None:
-        units = pseudo_values(own, np.unique(clusters[sees], return_inverse=True)[1])
-    return float(own.mean()), float(units.var(ddof=1) / units.size)
-
-
-def sides_of(n: int, folds: int, numbers: np.ndarray | None, seed: int) -> list[np.ndarray]:
-    """bool [n] each: all examples, then all but those of each fold; PlanError for too few."""
-    units = np.arange(n) if numbers is None else numbers
-    sizes = np.bincount(units)
-    if sizes.size < 2 * folds:
-        what = "examples" if numbers is None else "clusters"
-        raise PlanError(f"{sizes.size} {what} for {folds} folds; {2 * folds} or more are needed")
-    fold_of, filled = np.zeros(sizes.size, np.int64), np.zeros(folds)
-    for unit in np.random.default_rng(seed).permutation(sizes.size):
-        fold_of[unit] = np.argmin(filled)
-        filled[fold_of[unit]] += sizes[unit]
-    return [np.ones(n, bool), *(fold_of[units] != fold for fold in range(folds))]
+def _mean(values: np.ndarray, clusters: np.ndarray | None) -> tuple[float, float]:
+    """Mean over the examples, and the variance of that mean."""
+    units = values if clusters is None else pseudo_values(values, clusters)
+    return float(values.mean()), float(units.var(ddof=1) / units.size)
 
 
 def first_beliefs(programme: Programme, costs: Costs) -> np.ndarray:

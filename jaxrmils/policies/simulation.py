@@ -76,9 +76,10 @@ class Simulator:
 
     @functools.cached_property
     def losses(self) -> Any:
-        """`losses(params, noise, ranges, switches, inputs, targets)`: float32 [batch].
+        """`losses(params, noise, ranges, switches, inputs, targets, slope)`: float32 [batch].
 
-        What the switches mean is a last argument, `candidates`, for which it is compiled.
+        `slope` as in `jaxrmils.sensitivity.perturbed_losses`. What the switches mean is a last
+        argument, `candidates`, for which it is compiled.
         """
 
         def step(
@@ -88,6 +89,7 @@ class Simulator:
             switches: Any,
             x: Any,
             y: Any,
+            slope: Any = None,
             candidates: CandidateSet = _USUAL,
         ) -> Any:
             return perturbed_losses(
@@ -101,15 +103,16 @@ class Simulator:
                 activation_candidates=candidates.activations,
                 weight_candidates=candidates.weights,
                 noise=noise,
+                slope=slope,
             )
 
         return jax.jit(step, static_argnames="candidates")
 
     @functools.cached_property
     def secants(self) -> Any:
-        """`secants(params, noise, ranges, switches, inputs, targets, float_loss)`: attributions.
+        """`secants(params, noise, ranges, switches, inputs, targets, float_loss, scale, slope)`.
 
-        `candidates` as in `losses`.
+        Attributions. `scale` multiplies all noise; `slope` and `candidates` as in `losses`.
         """
 
         def step(
@@ -120,6 +123,8 @@ class Simulator:
             x: Any,
             y: Any,
             float_loss: Any,
+            scale: Any,
+            slope: Any = None,
             candidates: CandidateSet = _USUAL,
         ) -> Any:
             formats = Formats(*switches, candidates=candidates)
@@ -134,6 +139,8 @@ class Simulator:
                 points=self.points,
                 noise=noise,
                 float_loss=float_loss,
+                slope=slope,
+                scale=scale,
             )
 
         return jax.jit(step, static_argnames="candidates")
@@ -163,6 +170,8 @@ class Simulation:
     Attributes:
       simulator, params, ranges, batches: as given.
       candidates: what its programs know; a plan that has others gets a program of its own.
+      slope: losses are divergences from the float model's outputs with so much of the slope, see
+        `jaxrmils.sensitivity.divergence`; None for the losses themselves.
     """
 
     simulator: Simulator
@@ -170,6 +179,7 @@ class Simulation:
     ranges: Ranges
     batches: Sequence[tuple[Any, Any]]
     candidates: CandidateSet = _USUAL
+    slope: float | None = None
 
     def holding(self, formats: Iterable[str]) -> Simulation:
         """The simulation whose one program knows these formats too; itself if it does already.
@@ -185,6 +195,18 @@ class Simulation:
         for name in ("_noises", "_changes", "_attributions"):
             wider.__dict__[name] = getattr(self, name)
         return wider
+
+    def divergences(self, slope: float = 0.0) -> Simulation:
+        """The simulation of what the loss adds to its slope at the float outputs.
+
+        Args:
+          slope: how much of the slope is added to it.
+        """
+        if slope not in self._divergences:
+            other = dataclasses.replace(self, slope=slope)
+            other.__dict__["_noises"] = self._noises
+            self._divergences[slope] = other
+        return self._divergences[slope]
 
     @property
     def noise(self) -> Any:
@@ -217,17 +239,33 @@ class Simulation:
 
         return self._changes.of(_key(plan), measured)
 
-    def attribute(self, plan: Plan, progress: Progress = silent) -> PlanAttribution:
-        """The plan's joint change, shared out among its layers; see `attribute`."""
-        return self._attributions.of(_key(plan), lambda: self._attributed(plan, progress))
+    def attribute(
+        self, plan: Plan, progress: Progress = silent, *, scale: float = 1.0
+    ) -> PlanAttribution:
+        """The plan's joint change, shared out among its layers; see `attribute`.
 
-    def _attributed(self, plan: Plan, progress: Progress) -> PlanAttribution:
+        Args:
+          plan: what is quantized.
+          progress: see `jaxrmils.progress`.
+          scale: multiplies all noise, as in `jaxrmils.sensitivity.secant`.
+        """
+        key = (_key(plan), scale)
+        return self._attributions.of(key, lambda: self._attributed(plan, scale, progress))
+
+    def _attributed(self, plan: Plan, scale: float, progress: Progress) -> PlanAttribution:
         (switches, candidates), parts, readers = self._switches(plan), [], []
         noise = self._noise_of(candidates)
         read = progress(self._with_float_losses(), "attributing", len(self.batches))
         for number, placed in enumerate(spread(read, self.simulator.sharding)):
             found = self.simulator.secants(
-                self.params, noise, self.ranges, switches, *placed.values, candidates=candidates
+                self.params,
+                noise,
+                self.ranges,
+                switches,
+                *placed.values,
+                np.float32(scale),
+                self._slope,
+                candidates=candidates,
             )
             parts.append(finite(placed.taken(found), number))
             readers.append(placed.readers)
@@ -268,6 +306,14 @@ class Simulation:
         return _Kept(ATTRIBUTIONS_BYTES)
 
     @functools.cached_property
+    def _divergences(self) -> dict[float, Simulation]:
+        return {}
+
+    @property
+    def _slope(self) -> np.float32 | None:
+        return None if self.slope is None else np.float32(self.slope)
+
+    @functools.cached_property
     def _noises(self) -> dict[tuple[Candidate, ...], Any]:
         return {}
 
@@ -276,7 +322,13 @@ class Simulation:
         parts, readers, noise = [], [], self._noise_of(candidates)
         for placed in spread(self.batches, self.simulator.sharding):
             found = self.simulator.losses(
-                self.params, noise, self.ranges, switches, *placed.values, candidates=candidates
+                self.params,
+                noise,
+                self.ranges,
+                switches,
+                *placed.values,
+                self._slope,
+                candidates=candidates,
             )
             parts.append(placed.taken(found).astype(np.float64))
             readers.append(placed.readers)

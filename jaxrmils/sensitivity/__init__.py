@@ -11,6 +11,7 @@ from jaxrmils.sensitivity.curvature import curvature as curvature
 from jaxrmils.sensitivity.curvature import second_order as second_order
 from jaxrmils.sensitivity.directions import directions as directions
 from jaxrmils.sensitivity.directions import fisher as fisher
+from jaxrmils.sensitivity.divergence import divergence as divergence
 from jaxrmils.sensitivity.fisher_diagonal import fisher_diagonal as fisher_diagonal
 from jaxrmils.sensitivity.hessian_trace import HessianTraces as HessianTraces
 from jaxrmils.sensitivity.hessian_trace import hessian_traces as hessian_traces

@@ -21,6 +21,7 @@ from jaxrmils.sensitivity.candidates import (
     Candidate,
 )
 from jaxrmils.sensitivity.contraction import grid_of
+from jaxrmils.sensitivity.divergence import divergence
 from jaxrmils.sensitivity.tangent import Loss, ScoreError, check_ranges, weight_noise
 
 FLOAT = 0  # a switch in this position leaves its operand alone; k + 1 is candidate k
@@ -39,6 +40,7 @@ def perturbed_losses(
     activation_candidates: Sequence[Candidate] = ACTIVATION_CANDIDATES,
     weight_candidates: Sequence[Candidate] = WEIGHT_CANDIDATES,
     noise: Mapping[str, tuple[Any, ...]] | None = None,
+    slope: Any = None,
 ) -> Any:
     """Per-example losses with simulated quantization wherever a switch says so.
 
@@ -54,6 +56,9 @@ def perturbed_losses(
       activation_candidates: what the activation switches mean.
       weight_candidates: what the weight switches mean.
       noise: `weight_noise(graph, params, weight_candidates)` if already known.
+      slope: a float scalar, may be traced, for the divergence of the loss with so much of its slope
+        at the float outputs (see `jaxrmils.sensitivity.divergence`), which takes a forward pass of
+        the float model, too; None for the loss itself.
 
     Returns:
       float32 [batch].
@@ -72,7 +77,10 @@ def perturbed_losses(
         weight_candidates=weight_candidates,
         noise=noise,
     )
-    losses, count = loss(outputs, targets), jax.tree.leaves(inputs)[0].shape[0]
+    measure = loss
+    if slope is not None:
+        measure = divergence(loss, graph.apply(params, inputs), slope)
+    losses, count = measure(outputs, targets), jax.tree.leaves(inputs)[0].shape[0]
     if jnp.shape(losses) != (count,):
         raise ScoreError(
             f"loss returned shape {jnp.shape(losses)} for {count} examples; one value for every "

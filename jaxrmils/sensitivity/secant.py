@@ -33,6 +33,7 @@ from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.sensitivity.candidates import Candidate, CandidateSet
 from jaxrmils.sensitivity.contraction import grid_of
 from jaxrmils.sensitivity.contraction import noise as activation_noise
+from jaxrmils.sensitivity.divergence import divergence
 from jaxrmils.sensitivity.perturb import switched_noise
 from jaxrmils.sensitivity.tangent import Loss, ScoreError, float32_operation, weight_noise
 
@@ -104,6 +105,8 @@ def secant(
     points: int = 2,
     noise: Mapping[str, tuple[Any, ...]] | None = None,
     float_loss: Any = None,
+    slope: Any = None,
+    scale: Any = 1.0,
 ) -> Attribution:
     """Attributes the joint loss change of a quantized network to its sites, per example.
 
@@ -122,6 +125,13 @@ def secant(
         switches read it.
       float_loss: float32 [batch], the float model's losses if they are already known; otherwise
         they cost a forward pass of their own.
+      slope: a float scalar, may be traced, to attribute the divergence of the loss with so much of
+        its slope at the float outputs (see `jaxrmils.sensitivity.divergence`): with 0, no label's
+        luck is in it. `float_loss` is 0 then, and `quantized_loss` the divergence. None attributes
+        the loss itself.
+      scale: float scalar, may be traced; multiplies all noise. With a small one the network stays
+        near the float one, also where the formats would destroy it, and shares of a divergence,
+        over its square, are near their second order.
 
     Returns:
       The attribution.
@@ -148,6 +158,8 @@ def secant(
             raise ScoreError(f"site {site} has no range: no calibration example reached it")
     leaves = jax.tree.leaves(params)
     deltas = _deltas(graph, params, formats, noise)
+    scale = jnp.float32(scale)
+    deltas = jax.tree.map(lambda delta: scale * delta, deltas)
     nodes, node_weights = (v.astype(np.float32) for v in np.polynomial.legendre.leggauss(points))
     times, shares = (nodes + 1) / 2, node_weights / 2
 
@@ -155,15 +167,20 @@ def secant(
         batch, labels = jax.tree.map(lambda x: jnp.asarray(x)[None], (inputs, targets))
         run = functools.partial(interpret, graph, leaves=leaves, inputs=batch, weights=deltas)
 
+        float_outputs = run(handler=_float)[0] if slope is not None or known is None else None
+        measure = loss if slope is None else divergence(loss, float_outputs, slope)
+
         def example_loss(outputs: Any) -> Any:
-            value = loss(outputs, labels)
+            value = measure(outputs, labels)
             if jnp.shape(value) != (1,):
                 raise ScoreError(
                     f"loss returned shape {jnp.shape(value)} for one example; not (1,)"
                 )
             return value[0].astype(jnp.float32)
 
-        outputs, frozen = run(handler=functools.partial(_quantize, formats), state=ranges.grids)
+        outputs, frozen = run(
+            handler=functools.partial(_quantize, formats, scale), state=ranges.grids
+        )
         quantized = example_loss(outputs)
         frozen = jax.lax.stop_gradient(frozen)
 
@@ -180,7 +197,7 @@ def secant(
         return Attribution(
             activations=total["activations"],
             weights=total["weights"],
-            float_loss=example_loss(run(handler=_float)[0]) if known is None else known,
+            float_loss=example_loss(float_outputs) if known is None else known,
             quantized_loss=quantized,
             points=points,
         )
@@ -201,7 +218,8 @@ def path_outputs(
     """
     leaves, deltas = jax.tree.leaves(params), _deltas(graph, params, formats, None)
     run = functools.partial(interpret, graph, leaves=leaves, inputs=inputs, weights=deltas)
-    _, frozen = run(handler=functools.partial(_quantize, formats), state=ranges.grids)
+    quantize = functools.partial(_quantize, formats, jnp.float32(1.0))
+    _, frozen = run(handler=quantize, state=ranges.grids)
     handler = functools.partial(_path, formats, _multipliers(graph, formats), jnp.float32(t))
     return run(handler=handler, steps=frozen)[0]
 
@@ -240,14 +258,15 @@ def _float(call: SiteCall) -> tuple[Any, Any]:
     return call.bind_wide(*call.operands()), None
 
 
-def _quantize(formats: Formats, call: SiteCall) -> tuple[Any, Any]:
-    """The simulated quantized network; records its activation noise."""
+def _quantize(formats: Formats, scale: Any, call: SiteCall) -> tuple[Any, Any]:
+    """The simulated quantized network, its noise scaled; records the activations' noise."""
     site, operands = call.site, list(call.operands())
     record = []
     candidates = formats.activations.get(site.name, ())
     for position, candidate in enumerate(candidates):
         index = site.activations[position]
         eps = _eps(call, index, operands[index], call.state[position], candidate, formats)
+        eps = scale * eps
         record.append(eps)
         if candidate is None:
             continue

@@ -76,10 +76,10 @@ def test_the_compiled_size_fits_and_the_next_does_not(monkeypatch):
     monkeypatch.setattr(batch_size, "_bytes", bytes_of)
     known = (small, params, squares, ranges, x, x)
     limit = 2.5e5
-    found = batch_size_for(limit, *known, steps=("score", "attribute"))
+    found = batch_size_for(limit, *known, steps=("score", "attribute", "refine"))
     following = SIZES[SIZES.index(found) - 1]
     assert max(compiled[found]) <= limit < max(compiled[following])
-    assert len(compiled) <= 4 and all(len(each) == 2 for each in compiled.values())
+    assert len(compiled) <= 5 and all(len(each) == 3 for each in compiled.values())
     # What the compiler says is what the step takes.
     rows = np.ones((found, 64), np.float32)
     step = jax.jit(lambda p, x, y: contributions(small, p, x, y, squares, ranges))
