@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from jaxrmils.graph.expression import (
     loops_of,
     peel,
 )
+from jaxrmils.graph.folding import Fold, folds
 from jaxrmils.graph.joining import RawSite, join, name_entries
 from jaxrmils.graph.program import Bind, Call, Program, SiteStep, Step
 from jaxrmils.graph.sites import (
@@ -55,7 +57,8 @@ class Traced:
       weights: the weights they read, by name.
       expressions: the weights' root expressions, by name.
       coverage: what became of every dot and convolution.
-      float_leaves: parameter leaves that something other than a site reads.
+      reads: expressions that something other than a site reads in float.
+      structs: shapes and dtypes of the parameter leaves.
       structure: the tree that the program's outputs are the leaves of.
     """
 
@@ -65,8 +68,19 @@ class Traced:
     weights: dict[str, Weight]
     expressions: dict[str, Expression]
     coverage: Coverage
-    float_leaves: frozenset[int]
+    reads: tuple[Expression, ...]
+    structs: tuple[jax.ShapeDtypeStruct, ...]
     structure: Any
+
+    @cached_property
+    def float_leaves(self) -> frozenset[int]:
+        """Parameter leaves that something other than a site reads."""
+        return frozenset(leaf for each in self.reads for leaf in leaf_indices(each))
+
+    @cached_property
+    def folds(self) -> Mapping[str, Fold]:
+        """Expressions that stand for leaves, by signature."""
+        return folds(self.reads, self.expressions.values(), self.structs)
 
 
 def build(
@@ -99,7 +113,8 @@ def build(
         weights=weights,
         expressions=expressions,
         coverage=Coverage(name_entries(builder.entries, builder.raw, sites)),
-        float_leaves=frozenset(builder.float_leaves),
+        reads=tuple(dict.fromkeys(builder.reads)),
+        structs=tuple(leaves),
         structure=structure,
     )
 
@@ -123,7 +138,7 @@ Values = Sequence[Expression | None]
 class _Builder:
     raw: list[RawSite] = field(default_factory=list)
     entries: list[CoverageEntry | int] = field(default_factory=list)  # int: a site's index
-    float_leaves: set[int] = field(default_factory=set)
+    reads: list[Expression] = field(default_factory=list)
     loops: tuple[Loop, ...] = ()
     loop_count: int = 0
 
@@ -206,16 +221,13 @@ class _Builder:
 
     def bind(self, eqn: compat.JaxprEqn, values: Values) -> Bind:
         """Leaves an equation as it is; it reads its parameters in float."""
-        for value in values:
-            if value is not None:
-                self.float_leaves |= leaf_indices(value)
+        self.reads += [value for value in values if value is not None]
         return Bind(eqn)
 
     def need_values(self, atoms: Sequence[Any], known: Mapping[Any, Expression]) -> None:
         """Notes that the values of these variables are read in float."""
-        for atom in atoms:
-            if not isinstance(atom, compat.Literal) and atom in known:
-                self.float_leaves |= leaf_indices(known[atom])
+        own = (atom for atom in atoms if not isinstance(atom, compat.Literal))
+        self.reads += [known[atom] for atom in own if atom in known]
 
     def cover(self, eqn: compat.JaxprEqn, scope: str, status: Status, reason: str) -> None:
         """Lists an operation that is no site, or the operations inside a call."""

@@ -25,6 +25,7 @@ from jaxrmils.graph.expression import (
     Expression,
     Leaf,
     Node,
+    Output,
     Slice,
     children,
     leaf_indices,
@@ -69,6 +70,10 @@ class Frame:
     def set(self, node: Expression, value: Any) -> None:
         """Gives the value of a slice in this iteration."""
         self._values[node] = value
+
+    def give(self, output: Output, value: Any) -> None:
+        """Gives the one result of an equation, which is not computed then."""
+        self._values[output.node] = [value]
 
     def once(self, source: Any, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gives for a value and a key, made once in this level of tracing."""

@@ -101,6 +101,28 @@ class Graph:
         return read
 
     @cached_property
+    def folds(self) -> Mapping[str, str]:
+        """What can stand for leaves that nothing else reads: signatures in `traced.folds`, by name.
+
+        Only what is the same for one example and for two, so that it is for any number.
+        """
+        found = self.traced.folds
+        if found:
+            two = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), self.example
+            )
+            other = _traced_for(self, two).folds
+            found = {k: f for k, f in found.items() if k in other and other[k].leaves == f.leaves}
+        return {
+            naming.joined(self.leaf_names[i] for i in fold.leaves): key
+            for key, fold in found.items()
+        }
+
+    def folded_leaves(self, name: str) -> frozenset[int]:
+        """The leaves that one of `folds` stands for."""
+        return self.traced.folds[self.folds[name]].leaves
+
+    @cached_property
     def layers(self) -> Mapping[str, tuple[Site, ...]]:
         """The decisions to take: sites that share a weight belong to one layer."""
         layers: dict[str, tuple[Site, ...]] = {}
@@ -233,6 +255,7 @@ def interpret(
     steps: Mapping[str, Any] | None = None,
     absent: Callable[[jax.ShapeDtypeStruct], Any] | None = None,
     operations: Mapping[str, Operation] | None = None,
+    folded: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Records]:
     """Runs the model with a handler at its sites, at any batch size.
 
@@ -246,6 +269,7 @@ def interpret(
       steps: per site name, what the handler finds as `call.step`; leaves lead with all loops.
       absent: see `Scope.absent`.
       operations: other ways to run operations that are no sites, by the primitive's name.
+      folded: values of `graph.folds`, by name, instead of their leaves.
 
     Returns:
       The outputs of `apply` and the records by site name.
@@ -254,10 +278,14 @@ def interpret(
       TraceError: inputs do not look like the traced ones, or the sites change with the batch size.
     """
     traced = _traced_for(graph, inputs)
+    frame = Frame(leaves, leaf_names=graph.leaf_names)
+    for name, value in (folded or {}).items():
+        for expression in traced.folds[graph.folds[name]].expressions:
+            frame.give(expression, value)
     scope = Scope(
         handler=handler,
         sites=traced.sites,
-        frame=Frame(leaves, leaf_names=graph.leaf_names),
+        frame=frame,
         weights=weights or {},
         state=state or {},
         steps=steps or {},

@@ -27,7 +27,11 @@ from jaxrmils.lowering.kernel_forms import is_depthwise, why_no_kernel
 from jaxrmils.lowering.max_pool import run_max_pool
 from jaxrmils.lowering.native import kernels
 from jaxrmils.lowering.native_sites import Vectors, run_native_site
-from jaxrmils.lowering.quantized_model import QuantizedModel, QuantizedWeight
+from jaxrmils.lowering.quantized_model import (
+    QuantizedModel,
+    QuantizedWeight,
+    folded_values,
+)
 from jaxrmils.lowering.sites import LoweringError
 from jaxrmils.numerics import QTensor, QuantParams
 from jaxrmils.policies import roundings_by_site
@@ -140,11 +144,13 @@ def _run(
     """The outputs; `made` collects what kernels do by channel."""
     roundings = roundings_by_site(model.graph, model.plan)
     handler = functools.partial(run_native_site, model, roundings, params.vectors, made)
-    structs = jax.tree.leaves(jax.tree.map(compat.abstract, model.graph.params))
-    leaves = [
-        jnp.zeros(struct.shape, struct.dtype) if name in unread else params.leaves.get(name)
-        for name, struct in zip(model.graph.leaf_names, structs, strict=True)
-    ]
+    # What no output depends on is still read on the way.
+    given = params.leaves | {
+        name: jnp.zeros(leaf.shape, leaf.dtype)
+        for name, leaf in model.params.leaves.items()
+        if name in unread
+    }
+    leaves = [given.get(name) for name in model.graph.leaf_names]
     return interpret(
         model.graph,
         handler,
@@ -154,6 +160,7 @@ def _run(
         state=params.grids,
         absent=lambda struct: jnp.zeros(struct.shape, struct.dtype),
         operations={MAX_POOL: run_max_pool},
+        folded=folded_values(model.graph, given),
     )[0]
 
 

@@ -57,7 +57,8 @@ class QuantizedParams:
 
     Attributes:
       leaves: float leaves that are still read, by name; a leaf that exists only as integer codes
-        is not here.
+        is not here. Leaves that are only read together, such as a normalization's scale and
+        variance, are one here, of what is made of them (`graph.folds`).
       weights: the integer weights, by name.
       grids: per site with quantized activations, one `QuantParams` per operand; none for rows that
         make their own.
@@ -127,6 +128,7 @@ class QuantizedModel:
             state=params.grids,
             absent=lambda struct: jnp.zeros(struct.shape, struct.dtype),
             operations={MAX_POOL: run_max_pool} if shifts_pools else None,
+            folded=folded_values(self.graph, params.leaves),
         )
 
     @functools.cached_property
@@ -145,7 +147,9 @@ class QuantizedModel:
 
     @property
     def size_bits(self) -> int:
-        """Size in bits: codes, scales, zero points and float leaves."""
+        """Size in bits: codes, scales, zero points and float leaves, each of them as in the model
+        that was traced.
+        """
         return self.sizes.size_bits(self.plan.formats())
 
 
@@ -213,23 +217,38 @@ def quantize(
             for site in sites:
                 if site.activations:
                     grids[site.name] = _grids(site, ranges, layer.activation_bits)
+    kept = kept.difference(*map(graph.folded_leaves, graph.folds))
+
     # One program for all weights: a program for every operation and shape takes longer to compile.
-    weights = jax.jit(
-        lambda leaves: {
+    @jax.jit
+    def made(leaves: list[Any]) -> tuple[dict[str, Any], dict[str, QuantizedWeight]]:
+        folded = {
+            name: evaluate(graph.traced.folds[key].expressions[0], leaves)
+            for name, key in graph.folds.items()
+        }
+        return folded, {
             n: _quantized_weight(graph, n, leaves, plan, backend, unpacked) for n in quantized
         }
-    )(leaves)
+
+    folded, weights = made(leaves)
     return QuantizedModel(
         graph=graph,
         plan=plan,
         params=QuantizedParams(
-            leaves={graph.leaf_names[i]: jnp.asarray(leaves[i]) for i in sorted(kept)},
+            leaves={graph.leaf_names[i]: jnp.asarray(leaves[i]) for i in sorted(kept)} | folded,
             weights=weights,
             grids=grids,
         ),
         backend=backend,
         sizes=table,
     )
+
+
+def folded_values(graph: Graph, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a model's leaves that stand for several, by name; none in models of before."""
+    if leaves.keys() <= set(graph.leaf_names):
+        return {}
+    return {name: leaves[name] for name in graph.folds if name in leaves}
 
 
 def _grids(site: Site, ranges: Ranges | None, bits: int) -> tuple[QuantParams, ...]:

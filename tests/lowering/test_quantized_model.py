@@ -70,9 +70,9 @@ def site_results(name, kind):
 
     def run(params, inputs):
         leaves = [params.leaves.get(leaf) for leaf in graph.leaf_names]
-        return interpret(
-            graph, handler, leaves, inputs, weights=params.weights, state=params.grids
-        )[1]
+        folded = {name: params.leaves[name] for name in graph.folds}
+        given = {"weights": params.weights, "state": params.grids, "folded": folded}
+        return interpret(graph, handler, leaves, inputs, **given)[1]
 
     return jax.device_get(jax.jit(run)(built.params, inputs))
 
@@ -342,7 +342,10 @@ def test_int4_weights_unpacked_once(name, tmp_path):
 def test_size_and_storage_by_hand(name, kind):
     graph, params, _ = traced(name)
     built = quantized(name, kind)
-    size = sum(leaf.size * leaf.dtype.itemsize * 8 for leaf in built.params.leaves.values())
+    # Leaves that are one in the model count as they were.
+    floats = [leaf for n, leaf in built.params.leaves.items() if n not in graph.folds]
+    floats += [jax.tree.leaves(params)[i] for n in graph.folds for i in graph.folded_leaves(n)]
+    size = sum(leaf.size * leaf.dtype.itemsize * 8 for leaf in floats)
     for weight_name, stored in built.params.weights.items():
         bits = built.plan.layers[weight_name].weight_bits
         weight = graph.weights[weight_name]
