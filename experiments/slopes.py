@@ -21,8 +21,8 @@ from results_file import write_table
 
 import jaxrmils as jr
 from jaxrmils.cli import batches, load_config, make_task, trace_task, with_batch_size
-from jaxrmils.data import check_disjoint
-from jaxrmils.policies import Limits, Simulator, layer_options, tangent_costs
+from jaxrmils.data import Task, check_disjoint
+from jaxrmils.policies import Costs, Limits, Simulator, layer_options, tangent_costs
 from jaxrmils.policies.budget.choices import Rules
 from jaxrmils.policies.budget.solve import programme_of
 from jaxrmils.policies.refine_search import believed, tangents_of
@@ -30,6 +30,7 @@ from jaxrmils.progress import bars
 
 FORMATS = ("w8a8", "w4a8")
 SAVED = ("squared",)
+PARTS = ("change", "divergence", "slope")
 
 
 def main() -> None:
@@ -61,53 +62,72 @@ def main() -> None:
             graph = trace_task(task)
             config = with_batch_size(config, graph, task)
             simulator = Simulator(graph, task.loss)
+        draw = Draw(simulator, task, config.batch_size)
+        plans += [{"seed": seed, **draw.plan(name, args.bits)} for name in args.objectives]
+        formats += [{"seed": seed, **draw.format(name)} for name in FORMATS]
+    out = Path(args.out or f"experiments/results/slopes_{Path(args.config).stem}")
+    settings = {"overrides": overrides, "bits": args.bits}
+    write_table(out, [*plans, *formats], markdown(plans, formats), settings=settings)
+
+
+class Draw:
+    """A deal of the examples: some choose, and others show what is true.
+
+    Args:
+      simulator: of the task's network.
+      task: with its splits.
+      size: of batches.
+    """
+
+    def __init__(self, simulator: Simulator, task: Task, size: int) -> None:
+        self.task, graph = task, simulator.graph
         params = task.load_params()
         parts = {
-            name: list(batches(task.split(name), config.batch_size))
+            name: list(batches(task.split(name), size))
             for name in ("ranges", "selection", "confirmation", "test")
         }
-        chosen, other = parts["selection"], parts["confirmation"] + parts["test"]
+        self.chosen = parts["selection"]
+        other = parts["confirmation"] + parts["test"]
         ranges = jr.calibrate(graph, params, [inputs for inputs, _ in parts["ranges"]])
-        scores, others = (
-            jr.score(graph, params, data, task.loss, ranges) for data in (chosen, other)
+        self.scores, self.others = (
+            jr.score(graph, params, data, task.loss, ranges) for data in (self.chosen, other)
         )
-        here, there = (simulator.on(params, ranges, data) for data in (chosen, other))
-        for name in args.objectives:
-            if name in SAVED:
-                costs = tangent_costs(scores, name, layer_options(scores, FORMATS))
-            else:
-                costs = jr.MEASURED_COSTS[name](
-                    graph, params, chosen, task.loss, ranges, formats=FORMATS
-                )
-            plan = jr.budget(
-                scores, Limits(weight_bits=args.bits), objective=costs, formats=FORMATS
-            )
-            row: dict[str, Any] = {"seed": seed, "objective": name}
-            for where, simulation in (("selection", here), ("other", there)):
-                change, beyond = simulation.change(plan), simulation.divergences().change(plan)
-                values = {"change": change, "divergence": beyond, "slope": change - beyond}
-                for key, value in values.items():
-                    row[f"{where} {key}"] = float(value.mean())
-                    row[f"{where} {key} error"] = float(value.std(ddof=1) / len(value) ** 0.5)
-            print(row, flush=True)
-            plans.append(row)
-        costs = tangent_costs(scores, "squared", layer_options(scores, FORMATS))
-        programme = programme_of(scores.table, costs, Rules(FORMATS), 60.0)
-        clusters = task.split("selection").groups
-        seen, unseen = tangents_of(scores, programme), tangents_of(others, programme)
-        kept, _ = believed(seen, programme, clusters)
-        for name in FORMATS:
-            own = [i for i, (_, p) in enumerate(programme.columns) if p.format == name]
-            t, truth = seen[:, own].mean(axis=0), unseen[:, own].mean(axis=0)
-            weights = 1 / seen[:, own].var(axis=0, ddof=1)
-            slope = float((weights * t * truth).sum() / (weights * t * t).sum())
-            formats.append(
-                {"seed": seed, "format": name, "k": float(kept[own[0]]), "regression": slope}
-            )
-            print(formats[-1], flush=True)
-    out = Path(args.out or f"experiments/results/slopes_{Path(args.config).stem}")
-    rows = [*plans, *formats]
-    write_table(out, rows, markdown(plans, formats), settings={"overrides": overrides})
+        self.here, self.there = (
+            simulator.on(params, ranges, data) for data in (self.chosen, other)
+        )
+
+    def costs(self, name: str) -> Costs:
+        """The costs of an objective."""
+        if name in SAVED:
+            return tangent_costs(self.scores, name, layer_options(self.scores, FORMATS))
+        here, make = self.here, jr.MEASURED_COSTS[name]
+        arguments = (here.simulator.graph, here.params, self.chosen, self.task.loss, here.ranges)
+        return make(*arguments, formats=FORMATS)
+
+    def plan(self, objective: str, bits: float) -> dict[str, Any]:
+        """What the plan of an objective does, in parts and with standard errors."""
+        limits = Limits(weight_bits=bits)
+        costs = self.costs(objective)
+        plan = jr.budget(self.scores, limits, objective=costs, formats=FORMATS)
+        row: dict[str, Any] = {"objective": objective}
+        for where, simulation in (("selection", self.here), ("other", self.there)):
+            change, beyond = simulation.change(plan), simulation.divergences().change(plan)
+            for key, value in zip(PARTS, (change, beyond, change - beyond), strict=True):
+                row[f"{where} {key}"] = float(value.mean())
+                row[f"{where} {key} error"] = float(value.std(ddof=1) / len(value) ** 0.5)
+        return row
+
+    def format(self, name: str) -> dict[str, Any]:
+        """How far its slopes are believed, and how far they should be."""
+        table = self.scores.table
+        programme = programme_of(table, self.costs("squared"), Rules(FORMATS), 60.0)
+        seen, unseen = (tangents_of(scores, programme) for scores in (self.scores, self.others))
+        kept, _ = believed(seen, programme, self.task.split("selection").groups)
+        own = [i for i, (_, p) in enumerate(programme.columns) if p.format == name]
+        t, truth = seen[:, own].mean(axis=0), unseen[:, own].mean(axis=0)
+        weights = 1 / seen[:, own].var(axis=0, ddof=1)
+        slope = float((weights * t * truth).sum() / (weights * t * t).sum())
+        return {"format": name, "k": float(kept[own[0]]), "regression": slope}
 
 
 def markdown(plans: list[dict[str, Any]], formats: list[dict[str, Any]]) -> list[str]:
@@ -123,9 +143,6 @@ def markdown(plans: list[dict[str, Any]], formats: list[dict[str, Any]]) -> list
         f"| {r['seed']} | {r['format']} | {r['k']:.2f} | {r['regression']:+.2f} |" for r in formats
     ]
     return lines
-
-
-PARTS = ("change", "divergence", "slope")
 
 
 if __name__ == "__main__":
