@@ -145,11 +145,12 @@ def _run(
     roundings = roundings_by_site(model.graph, model.plan)
     handler = functools.partial(run_native_site, model, roundings, params.vectors, made)
     # What no output depends on is still read on the way.
-    given = params.leaves | {
+    zeros = {
         name: jnp.zeros(leaf.shape, leaf.dtype)
         for name, leaf in model.params.leaves.items()
         if name in unread
     }
+    given = {**params.leaves, **zeros}
     leaves = [given.get(name) for name in model.graph.leaf_names]
     return interpret(
         model.graph,
