@@ -280,7 +280,13 @@ def interpret(
     traced = _traced_for(graph, inputs)
     frame = Frame(leaves, leaf_names=graph.leaf_names)
     for name, value in (folded or {}).items():
-        for expression in traced.folds[graph.folds[name]].expressions:
+        fold = traced.folds.get(graph.folds[name])
+        if fold is None:
+            raise TraceError(
+                f"parameters {name} are held as one, but at this input shape the model reads them "
+                "otherwise than at the traced one. Trace it again with inputs like these."
+            )
+        for expression in fold.expressions:
             frame.give(expression, value)
     scope = Scope(
         handler=handler,

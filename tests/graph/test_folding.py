@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 import jaxrmils as jr
+from jaxrmils.graph.builder import TraceError
 from jaxrmils.graph.trace import interpret
 
 
@@ -76,6 +77,22 @@ def test_a_quantized_model_holds_it_instead(backend):
     for mode in ("integer", "simulate"):
         run = jax.jit(lambda p, x, mode=mode: model.apply(p, x, mode=mode))
         np.testing.assert_array_equal(run(model.params, x), run(old, x))
+
+
+def test_a_model_that_reads_them_otherwise_at_another_batch_size_is_refused():
+    keys = vectors("a", "b")
+
+    def changes_at_four(p, x):
+        y = (x @ p["w"]) * (p["a"] / p["b"])
+        return y + p["b"] if len(x) == 4 else y
+
+    graph = jr.trace(changes_at_four, keys, jnp.ones((3, 3)))
+    ranges = jr.calibrate(graph, keys, [jnp.ones((3, 3))])
+    model = jr.quantize(graph, keys, jr.uniform(jr.tabulate(graph), "w8a8"), ranges)
+    assert "{a,b}" in model.params.leaves
+    np.testing.assert_allclose(model(jnp.ones((2, 3))).shape, (2, 3))
+    with pytest.raises(TraceError, match=r"\{a,b\} are held as one, but at this input shape"):
+        model(jnp.ones((4, 3)))
 
 
 def test_only_what_is_smaller_and_read_by_nothing_else():
