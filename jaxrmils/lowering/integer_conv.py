@@ -40,7 +40,7 @@ def conv_int32(
     feature_group_count: int = 1,
     batch_group_count: int = 1,
     lhs_zero_point: Int32[Array, ""] | None = None,
-    kernel_sum: Int32[Array, " features"] | None = None,
+    kernel_sum: Int[Array, " features"] | None = None,
     lhs_bits: int = 8,
     rhs_bits: int = 8,
     backend: Backend = "cpu",
@@ -62,8 +62,8 @@ def conv_int32(
         feature_group_count: groups of input channels.
         batch_group_count: groups of the batch.
         lhs_zero_point: int32 scalar in the range of the codes, or None for symmetric codes.
-        kernel_sum: `kernel_sum(rhs, dimension_numbers)` if known, else computed at run time; read
-            only if there is a zero point.
+        kernel_sum: `kernel_sum(rhs, dimension_numbers)` if known, in any integer dtype that holds
+            it, else computed at run time; read only if there is a zero point.
         lhs_bits: width of the codes of `lhs` where they are held as int8; static.
         rhs_bits: width of the codes of `rhs` where they are held as int8; static.
         backend: where the program will run; static. It changes the formulation (see `table.py`),
@@ -103,6 +103,7 @@ def conv_int32(
         lhs = _pad(lhs, zero_point.astype(lhs.dtype), padding, lhs_dilation, dimension_numbers)
         padding, lhs_dilation = ((0, 0),) * len(padding), (1,) * len(padding)
         sums = _kernel_sum(rhs, dimension_numbers) if kernel_sum is None else kernel_sum
+        sums = sums.astype(jnp.int32)
         correction = zero_point * _to_output_features(sums, output_features, dimension_numbers)
     operation = conv_operation(
         lhs.shape[dimension_numbers.lhs_spec[1]],
@@ -265,18 +266,21 @@ def _depthwise(
     features = rhs.shape[rhs_spec[0]]
     # Feature f reads channel f // multiplier: channels are repeated, so that the inner loop runs
     # over all features. The barrier keeps the repetition out of that loop, which is three times
-    # faster without its index arithmetic. A single channel broadcasts.
-    if 1 < channels < features:
+    # faster without its index arithmetic.
+    if channels == 1:
+        lhs = jnp.broadcast_to(lhs, (*lhs.shape[:-1], features))
+    elif channels < features:
         lhs = lax.optimization_barrier(jnp.repeat(lhs, features // channels, axis=-1))
     weights = rhs.transpose(*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
-    weights = weights.reshape(*taps, features).astype(jnp.int32)
+    weights = weights.reshape(math.prod(taps), features).astype(jnp.int32)
     spans = [(t - 1) * dilation + 1 for t, dilation in zip(taps, rhs_dilation, strict=True)]
     outs = [
         max(0, (size - span) // stride + 1)
         for size, span, stride in zip(sizes, spans, window_strides, strict=True)
     ]
     out = jnp.zeros((batch, *outs, features), jnp.int32)
-    for tap in itertools.product(*map(range, taps)) if out.size else ():
+    # In `lax`, for there may be many taps: jax.numpy takes longer to trace.
+    for number, tap in enumerate(itertools.product(*map(range, taps)) if out.size else ()):
         starts = [t * dilation for t, dilation in zip(tap, rhs_dilation, strict=True)]
         ends = [
             start + (n - 1) * stride + 1
@@ -288,7 +292,9 @@ def _depthwise(
             (batch, *ends, lhs.shape[-1]),
             (1, *window_strides, 1),
         )
-        out += shifted.astype(jnp.int32) * weights[tap].reshape(*(1,) * (out.ndim - 1), features)
+        weight = lax.squeeze(lax.slice(weights, (number, 0), (number + 1, features)), (0,))
+        weight = lax.broadcast_in_dim(weight, out.shape, (out.ndim - 1,))
+        out = lax.add(out, lax.mul(lax.convert_element_type(shifted, jnp.int32), weight))
     # From (batch, spatial..., feature) to the layout asked for.
     position = {out_spec[0]: 0, out_spec[1]: out.ndim - 1}
     position |= {d: i + 1 for i, d in enumerate(out_spec[2:])}

@@ -109,8 +109,8 @@ def dot_int32(
     *,
     lhs_zero_point: Int32[Array, "*lhs_zero"] | None = None,
     rhs_zero_point: Int32[Array, "*rhs_zero"] | None = None,
-    lhs_sum: Int32[Array, "*lhs_sum"] | None = None,
-    rhs_sum: Int32[Array, "*rhs_sum"] | None = None,
+    lhs_sum: Int[Array, "*lhs_sum"] | None = None,
+    rhs_sum: Int[Array, "*rhs_sum"] | None = None,
     lhs_bits: int = 8,
     rhs_bits: int = 8,
     backend: Backend = "cpu",
@@ -127,8 +127,8 @@ def dot_int32(
         lhs_zero_point: int32, None for symmetric codes; a scalar, or one for every row in the shape
             of lhs, with size 1 on its contracting dims.
         rhs_zero_point: the same for rhs.
-        lhs_sum: `operand_sum(lhs, dimension_numbers, "lhs")` if known; read only if there is a
-            `rhs_zero_point`, and computed at run time if missing.
+        lhs_sum: `operand_sum(lhs, dimension_numbers, "lhs")` if known, in any integer dtype that
+            holds it; read only if there is a `rhs_zero_point`, computed at run time if missing.
         rhs_sum: `operand_sum(rhs, dimension_numbers, "rhs")`, for `lhs_zero_point`.
         lhs_bits: width of the codes of `lhs` where they are held as int8; static.
         rhs_bits: width of the codes of `rhs` where they are held as int8; static.
@@ -177,11 +177,11 @@ def dot_int32(
     if lhs_zero is not None:
         if rhs_sum is None:
             rhs_sum = operand_sum(rhs, dimension_numbers, "rhs")
-        out -= lhs_zero * sum_to_output(rhs_sum, *layout, "rhs")
+        out -= lhs_zero * sum_to_output(rhs_sum.astype(jnp.int32), *layout, "rhs")
     if rhs_zero is not None:
         if lhs_sum is None:
             lhs_sum = operand_sum(lhs, dimension_numbers, "lhs")
-        out -= rhs_zero * sum_to_output(lhs_sum, *layout, "lhs")
+        out -= rhs_zero * sum_to_output(lhs_sum.astype(jnp.int32), *layout, "lhs")
         if lhs_zero is not None:
             out += lhs_zero * rhs_zero * jnp.int32(k)
     return out

@@ -53,7 +53,7 @@ class NativeWeight:
       quantized: as in `QuantizedModel`, for sites that run there; None if there are none.
       packed: per site, the codes as its kernel reads them.
       scales: per site whose `Vectors` are not made yet, float32 [channels].
-      sums: likewise, int32 [channels], sums of the codes, which zero points need.
+      sums: likewise, int32 or int16 [channels], sums of the codes, which zero points need.
     """
 
     quantized: QuantizedWeight | None

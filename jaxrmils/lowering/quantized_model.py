@@ -17,7 +17,7 @@ from jaxrmils.graph.expression import evaluate, loops_of
 from jaxrmils.graph.reads import MAX_POOL
 from jaxrmils.graph.table import ModelTable, tabulate
 from jaxrmils.lowering.integer_conv import kernel_sum
-from jaxrmils.lowering.integer_dot import Backend, operand_sum
+from jaxrmils.lowering.integer_dot import Backend, code_bound, operand_sum
 from jaxrmils.lowering.max_pool import run_max_pool
 from jaxrmils.lowering.sites import (
     Kernel,
@@ -41,7 +41,8 @@ class QuantizedWeight:
 
     Attributes:
       tensor: codes and scales, in the weight's own layout; stacked loops lead.
-      sums: per site, int32 sums of the codes along the contraction.
+      sums: per site, sums of the codes along the contraction; int16 where they always fit, else
+        int32.
     """
 
     tensor: QTensor
@@ -283,14 +284,17 @@ def _quantized_weight(
     if layer.activation_bits < FLOAT_BITS:
         for site in graph.layers[name]:
             if site.activations:
-                sums[site.name] = _sums(graph, site, tensor.codes(), depth)
+                sums[site.name] = _sums(graph, site, tensor.codes(), layer.weight_bits, depth)
     if backend == "tpu" and layer.weight_bits == 4:
         tensor = tensor.native_int4()
     return QuantizedWeight(tensor, sums)
 
 
-def _sums(graph: Graph, site: Site, codes: Any, depth: int) -> Any:
-    """Sums of the weight codes along a site's contraction, stacked loops leading."""
+def _sums(graph: Graph, site: Site, codes: Any, bits: int, depth: int) -> Any:
+    """Sums of the weight codes along a site's contraction, stacked loops leading.
+
+    int16 where no sum of so many codes of so few bits leaves it, else int32.
+    """
     assert site.weight is not None
     use, numbers = site.weight, graph.dimension_numbers(site.name)
 
@@ -303,7 +307,10 @@ def _sums(graph: Graph, site: Site, codes: Any, depth: int) -> Any:
 
     for _ in range(depth):
         one = jax.vmap(one)
-    return one(codes)
+    sums = one(codes)
+    # Most sums are short: as many int16 as there are channels, instead of int32.
+    bound = (codes.size // max(sums.size, 1)) * code_bound(bits, zero_point=False)
+    return sums.astype(jnp.int16) if bound <= -jnp.iinfo(jnp.int16).min else sums
 
 
 def _values(grids: tuple[QuantParams, ...]) -> list[tuple[Any, Any]]:

@@ -12,10 +12,11 @@ from models import MODELS, model, resized
 from plans import FORMATS, integer_site_names, quantized
 from stages import calibrated, float64, table_of, traced
 
-from jaxrmils import calibrate, load_model, quantize, save_model, uniform
+from jaxrmils import calibrate, load_model, quantize, save_model, tabulate, trace, uniform
 from jaxrmils.graph import interpret
 from jaxrmils.lowering.sites import exact_kernel, integer_kernel, run_quantized
 from jaxrmils.numerics import dequantize, fake_quant
+from jaxrmils.numerics import quantize as quantize_codes
 
 INTEGER_FORMATS = [f for f in FORMATS if f not in ("w8", "w4")]
 
@@ -335,6 +336,32 @@ def test_int4_weights_unpacked_once(name, tmp_path):
     for found in (wide, loaded):
         bytes_of = {w.tensor.values.dtype.name for w in found.params.weights.values()}
         assert bytes_of == {"int8"}
+
+
+@pytest.mark.parametrize(
+    "form, rows, dtype",
+    [
+        ("w8a8", 256, "int16"),
+        ("w8a8", 257, "int32"),
+        ("w4a8", 4096, "int16"),
+        ("w4a8", 4097, "int32"),
+    ],
+)
+def test_sums_of_codes_are_as_short_as_they_fit(form, rows, dtype):
+    params = {"w": jnp.stack([-jnp.ones(rows), jnp.ones(rows)], axis=-1)}
+    inputs = jax.random.uniform(jax.random.key(0), (3, rows), minval=-1.0, maxval=5.0)
+    graph = trace(lambda params, x: x @ params["w"], params, inputs)
+    plan = uniform(tabulate(graph), form)
+    built = quantize(graph, params, plan, calibrate(graph, params, [inputs]))
+    (weight,) = built.params.weights.values()
+    (sums,) = weight.sums.values()
+    codes = np.asarray(weight.tensor.codes(), np.int64)
+    assert sums.dtype == dtype and abs(codes).max() == (127 if form == "w8a8" else 7)
+    np.testing.assert_array_equal(sums, codes.sum(axis=0))
+    ((grid,),) = built.params.grids.values()
+    shifted = np.asarray(quantize_codes(inputs, grid), np.int64) - int(grid.zero_point)
+    scale = np.asarray(weight.tensor.scale, np.float64).ravel() * float(grid.scale)
+    np.testing.assert_allclose(jax.jit(built)(inputs), (shifted @ codes) * scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

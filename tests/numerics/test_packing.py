@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxrmils.numerics import pack_int4, unpack_int4
+from jaxrmils.numerics.packing import _by_bitcast, _by_shifts
 
 shapes = hnp.array_shapes(min_dims=1, max_dims=4, min_side=1, max_side=5)
 
@@ -31,6 +32,19 @@ def test_every_byte_against_python():
     codes = unpack(jnp.asarray(packed), 512)
     np.testing.assert_array_equal(codes, expected)
     np.testing.assert_array_equal(jax.jit(pack_int4)(codes), packed)
+
+
+@settings(max_examples=10, deadline=None)
+@given(shapes.flatmap(lambda s: hnp.arrays(np.uint8, s)))
+def test_what_a_cpu_and_what_other_backends_compile(packed):
+    # Devices of one kind compile one of them; the other is lowered for another platform alone.
+    np.testing.assert_array_equal(_by_bitcast(packed), _by_shifts(packed))
+    unpack = jax.jit(unpack_int4, static_argnums=1).trace(packed, 2 * packed.shape[-1])
+    on_cpu, on_cuda = (
+        unpack.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda")
+    )
+    assert "xi4>" in on_cpu and "shift_right" not in on_cpu
+    assert "xi4>" not in on_cuda and "shift_right_arithmetic" in on_cuda
 
 
 def test_odd_length_pads_with_zero():

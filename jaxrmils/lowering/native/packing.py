@@ -15,7 +15,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int8, Int32
+from jaxtyping import Array, Int, Int8, Int32
 
 LANES, QUAD = 16, 4
 
@@ -124,12 +124,12 @@ def pack_dot(codes: Int8[Array, "k n"]) -> PackedDot:
 
 
 def correction(
-    sums: Int32[Array, " o"], x_zero: Int32[Array, ""] | Int32[Array, " o"]
+    sums: Int[Array, " o"], x_zero: Int32[Array, ""] | Int32[Array, " o"]
 ) -> Int32[Array, " o"]:
     """What is to be added to a kernel's sums so that they become those of (x - x_zero) w.
 
     Args:
-        sums: of the weight codes that meet in every output channel, int32.
+        sums: of the weight codes that meet in every output channel, int32 or int16.
         x_zero: zero point of the input, int32; 0 for the sums of x w.
 
     Returns:
@@ -139,7 +139,7 @@ def correction(
         >>> correction(jnp.array([3, -1]), jnp.int32(-128)).tolist()
         [0, 0]
     """
-    return -(x_zero + jnp.int32(128)) * sums
+    return -(x_zero + jnp.int32(128)) * sums.astype(jnp.int32)
 
 
 def _packed(codes: Array) -> Array:
