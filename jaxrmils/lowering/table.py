@@ -103,8 +103,9 @@ TABLE: tuple[Row, ...] = (
         DOTS,
         "s8 dot",
         "3 to 8 times",
-        "int8 kernels with int32 sums; int4 is unpacked inside the program (1.1 times at 32 "
-        "rows, 5.5 at 1,024). The order [K, N] or [N, K] of the weight changes it by 15 % at most",
+        "int8 kernels with int32 sums; int4 is unpacked inside the program, for 5 to 15 % of "
+        "time at 32 rows or more. The order [K, N] or [N, K] of the weight changes it by 15 % at "
+        "most",
     ),
     Row(
         "cpu",
@@ -113,8 +114,8 @@ TABLE: tuple[Row, ...] = (
         "s8 dot, two rows",
         "1 to 2 times",
         "there is no int8 kernel for one row: with a second one of zeros 1 x 4096 x 4096 takes "
-        "a fifth of the time. int4 weights are 2 to 3 times slower than float32: most of it is "
-        "unpacking",
+        "a fifth of the time. int4 weights are 1.1 to 1.6 times slower than float32: they are "
+        "unpacked in every call",
     ),
     Row(
         "cpu",
