@@ -1,7 +1,7 @@
 """int4 at rest: two codes per byte along the last axis."""
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int8, UInt8
 
 
@@ -26,7 +26,7 @@ def pack_int4(codes: Int8[Array, "*lead n"]) -> UInt8[Array, "*lead bytes"]:
         raise ValueError("codes has shape (); packing needs a last axis to pack along")
     if codes.shape[-1] % 2:
         codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
-    nibbles = jax.lax.bitcast_convert_type(codes, jnp.uint8) & jnp.uint8(15)
+    nibbles = lax.bitcast_convert_type(codes, jnp.uint8) & jnp.uint8(15)
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << jnp.uint8(4))
 
 
@@ -53,20 +53,24 @@ def unpack_int4(packed: UInt8[Array, "*lead bytes"], last_dim: int) -> Int8[Arra
             f"packed has shape {packed.shape}; {last_dim} codes take a last axis of "
             f"{(last_dim + 1) // 2} bytes"
         )
-    pairs = jax.lax.platform_dependent(packed, cpu=_by_bitcast, default=_by_shifts)
+    pairs = lax.platform_dependent(packed, cpu=_by_bitcast, default=_by_shifts)
     return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])[..., :last_dim]
 
 
 def _by_bitcast(packed: UInt8[Array, "*lead bytes"]) -> Int8[Array, "*lead bytes 2"]:
     # XLA:CPU vectorises this, unless it fuses the reshape. Nor may it be fused into the loops of a
     # convolution, where it would run again for every pixel: hence the barrier.
-    codes = jax.lax.bitcast_convert_type(packed, jnp.int4).astype(jnp.int8)
-    return jax.lax.optimization_barrier(codes)
+    codes = lax.bitcast_convert_type(packed, jnp.int4)
+    return lax.optimization_barrier(lax.convert_element_type(codes, jnp.int8))
 
 
 def _by_shifts(packed: UInt8[Array, "*lead bytes"]) -> Int8[Array, "*lead bytes 2"]:
     # An arithmetic shift to the right repeats the sign bit. What a bitcast to int4 makes first of
     # the two halves is up to the backend.
-    low = jax.lax.bitcast_convert_type(packed << jnp.uint8(4), jnp.int8) >> jnp.int8(4)
-    high = jax.lax.bitcast_convert_type(packed, jnp.int8) >> jnp.int8(4)
-    return jnp.stack([low, high], axis=-1)
+    shift = lax.full_like(packed, 4)
+    pairs = lax.concatenate(
+        [lax.expand_dims(half, (packed.ndim,)) for half in (lax.shift_left(packed, shift), packed)],
+        packed.ndim,
+    )
+    codes = lax.bitcast_convert_type(pairs, jnp.int8)
+    return lax.shift_right_arithmetic(codes, lax.full_like(codes, 4))

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8, Int32, PRNGKeyArray
 
@@ -250,8 +251,10 @@ def quantize(
     steps = divide_exactly(jnp.asarray(x, jnp.float32), qp.scale)
     codes = round_steps(steps, rounding, key)
     if not qp.symmetric:
-        codes = codes + qp.zero_point.astype(jnp.float32)
-    return jnp.clip(codes, float(qmin), float(qmax)).astype(jnp.int8)
+        zero_point = lax.convert_element_type(qp.zero_point, jnp.float32)
+        codes = lax.add(*jnp.broadcast_arrays(codes, zero_point))
+    codes = lax.clamp(jnp.float32(qmin), codes, jnp.float32(qmax))
+    return lax.convert_element_type(codes, jnp.int8)
 
 
 def dequantize(
@@ -315,7 +318,7 @@ def round_steps(
     """Quotients `x / scale` rounded to integers, still in float32; see `quantize`."""
     match rounding:
         case "nearest":
-            return jnp.round(steps)
+            return lax.round(steps, lax.RoundingMethod.TO_NEAREST_EVEN)
         case "floor":
             return jnp.floor(steps + _ON_GRID)
         case "ceil":
