@@ -338,6 +338,17 @@ def test_int4_weights_unpacked_once(name, tmp_path):
         assert bytes_of == {"int8"}
 
 
+@pytest.mark.parametrize("kind", ["w4a8", "w4"])
+def test_int4_codes_are_not_unpacked_for_every_pixel(kind):
+    built = quantized("separable_cnn", kind)
+    compiled = jax.jit(built.apply).lower(built.params, traced("separable_cnn")[2]).compile()
+    unpacking = [part for part in compiled.as_text().split("\n\n") if "s4[" in part]
+    assert len(unpacking) >= sum(w.tensor.packed for w in built.params.weights.values())
+    # Nothing else is in those loops: they end with the codes, in the shape of the bytes.
+    for loop in unpacking:
+        assert re.search(r"ROOT \S+ = s8\[[\d,]+,2\]\S* convert\(", loop), loop
+
+
 @pytest.mark.parametrize(
     "form, rows, dtype",
     [
