@@ -53,7 +53,10 @@ def unpack_int4(packed: UInt8[Array, "*lead bytes"], last_dim: int) -> Int8[Arra
             f"packed has shape {packed.shape}; {last_dim} codes take a last axis of "
             f"{(last_dim + 1) // 2} bytes"
         )
-    pairs = lax.platform_dependent(packed, cpu=_by_bitcast, default=_by_shifts)
+    if all(isinstance(dim, int) for dim in packed.shape):
+        pairs = lax.platform_dependent(packed, cpu=_by_bitcast, default=_by_shifts)
+    else:  # StableHLO can't refine the shape of a bitcast that adds a dim to unknown ones.
+        pairs = _by_shifts(packed)
     return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])[..., :last_dim]
 
 

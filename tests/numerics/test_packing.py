@@ -1,4 +1,5 @@
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,6 +46,15 @@ def test_what_a_cpu_and_what_other_backends_compile(packed):
     )
     assert "xi4>" in on_cpu and "shift_right" not in on_cpu
     assert "xi4>" not in on_cuda and "shift_right_arithmetic" in on_cuda
+
+
+def test_rows_of_unknown_number():
+    (rows,) = jax.export.symbolic_shape("rows")
+    exported = jax.export.export(jax.jit(lambda packed: unpack_int4(packed, 5)))(
+        jax.ShapeDtypeStruct((rows, 3), jnp.uint8)
+    )
+    codes = np.arange(-7, 8, dtype=np.int8).reshape(3, 5)
+    np.testing.assert_array_equal(exported.call(pack_int4(jnp.asarray(codes))), codes)
 
 
 def test_odd_length_pads_with_zero():
