@@ -1,8 +1,12 @@
 """int4 at rest: two codes per byte along the last axis."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int8, UInt8
+
+BITCASTS = jax.__version_info__ >= (0, 12)
+"""Whether int4 is unpacked by a bitcast on CPU: jaxlib 0.10 folds that of a constant wrongly."""
 
 
 def pack_int4(codes: Int8[Array, "*lead n"]) -> UInt8[Array, "*lead bytes"]:
@@ -53,9 +57,10 @@ def unpack_int4(packed: UInt8[Array, "*lead bytes"], last_dim: int) -> Int8[Arra
             f"packed has shape {packed.shape}; {last_dim} codes take a last axis of "
             f"{(last_dim + 1) // 2} bytes"
         )
-    if all(isinstance(dim, int) for dim in packed.shape):
+    # StableHLO can't refine the shape of a bitcast that adds a dim to unknown ones.
+    if BITCASTS and all(isinstance(dim, int) for dim in packed.shape):
         pairs = lax.platform_dependent(packed, cpu=_by_bitcast, default=_by_shifts)
-    else:  # StableHLO can't refine the shape of a bitcast that adds a dim to unknown ones.
+    else:
         pairs = _by_shifts(packed)
     return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])[..., :last_dim]
 

@@ -17,6 +17,7 @@ from jaxrmils.graph import interpret
 from jaxrmils.lowering.sites import exact_kernel, integer_kernel, run_quantized
 from jaxrmils.numerics import dequantize, fake_quant
 from jaxrmils.numerics import quantize as quantize_codes
+from jaxrmils.numerics.packing import BITCASTS
 
 INTEGER_FORMATS = [f for f in FORMATS if f not in ("w8", "w4")]
 
@@ -338,6 +339,7 @@ def test_int4_weights_unpacked_once(name, tmp_path):
         assert bytes_of == {"int8"}
 
 
+@pytest.mark.skipif(not BITCASTS, reason="seen by the bitcast, which is for later versions of jax")
 @pytest.mark.parametrize("kind", ["w4a8", "w4"])
 def test_int4_codes_are_not_unpacked_for_every_pixel(kind):
     built = quantized("separable_cnn", kind)

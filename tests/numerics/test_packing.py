@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxrmils.numerics import pack_int4, unpack_int4
-from jaxrmils.numerics.packing import _by_bitcast, _by_shifts
+from jaxrmils.numerics.packing import BITCASTS, _by_bitcast, _by_shifts
 
 shapes = hnp.array_shapes(min_dims=1, max_dims=4, min_side=1, max_side=5)
 
@@ -44,8 +44,15 @@ def test_what_a_cpu_and_what_other_backends_compile(packed):
     on_cpu, on_cuda = (
         unpack.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda")
     )
-    assert "xi4>" in on_cpu and "shift_right" not in on_cpu
+    assert ("xi4>" in on_cpu) == ("shift_right" not in on_cpu) == BITCASTS
     assert "xi4>" not in on_cuda and "shift_right_arithmetic" in on_cuda
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 1), (48, 7), (5, 5, 1, 32)])
+def test_constants_that_a_compiler_folds(shape):
+    codes = np.random.default_rng(0).integers(-8, 8, shape).astype(np.int8)
+    packed = pack_int4(jnp.asarray(codes))
+    np.testing.assert_array_equal(jax.jit(lambda: unpack_int4(packed, shape[-1]))(), codes)
 
 
 def test_rows_of_unknown_number():
