@@ -31,6 +31,6 @@ def divide_exactly(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Arra
         >>> bool((np.asarray(quotient) == np.asarray(x) / np.float32(255)).all())
         True
     """
-    # In `lax`, as in `quantize`: jax.numpy takes three times as long to trace.
+    # In `lax`, as in `quantize`: jax.numpy takes longer to trace.
     x, y = jnp.broadcast_arrays(x, y)
     return lax.div(x, lax.select(lax.ne(x, x), x, y))
