@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxrmils.graph import Graph, Site, compat, interpret
 from jaxrmils.graph.program import Call, Program, SiteStep
 from jaxrmils.graph.reads import MAX_POOL
+from jaxrmils.lowering.cached_leaves import CachedLeaves, ReadOnlyMappings, register
 from jaxrmils.lowering.in_parts import examples_at_once, in_parts
 from jaxrmils.lowering.integer_dot import BACKENDS
 from jaxrmils.lowering.kernel_forms import is_depthwise, why_no_kernel
@@ -46,7 +47,7 @@ PART_OF_PROGRAM = 64_000_000
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class NativeWeight:
+class NativeWeight(ReadOnlyMappings):
     """An integer weight in the layouts of the kernels.
 
     Attributes:
@@ -62,13 +63,9 @@ class NativeWeight:
     sums: Mapping[str, Any]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["leaves", "weights", "grids", "vectors"],
-    meta_fields=[],
-)
+@register
 @dataclasses.dataclass(frozen=True, eq=False)
-class NativeParams:
+class NativeParams(CachedLeaves):
     """The parameters of a `NativeModel`.
 
     Attributes:

@@ -16,6 +16,7 @@ from jaxrmils.graph import Graph, Site, SiteCall, interpret
 from jaxrmils.graph.expression import evaluate, loops_of
 from jaxrmils.graph.reads import MAX_POOL
 from jaxrmils.graph.table import ModelTable, tabulate
+from jaxrmils.lowering.cached_leaves import CachedLeaves, ReadOnlyMappings, register
 from jaxrmils.lowering.integer_conv import kernel_sum
 from jaxrmils.lowering.integer_dot import Backend, code_bound, operand_sum
 from jaxrmils.lowering.max_pool import run_max_pool
@@ -36,7 +37,7 @@ Mode = Literal["integer", "simulate"]
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tensor", "sums"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, eq=False)
-class QuantizedWeight:
+class QuantizedWeight(ReadOnlyMappings):
     """An integer weight and the sums of its codes that zero points need.
 
     Attributes:
@@ -49,12 +50,10 @@ class QuantizedWeight:
     sums: Mapping[str, Any]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["leaves", "weights", "grids"], meta_fields=[]
-)
+@register
 @dataclasses.dataclass(frozen=True, eq=False)
-class QuantizedParams:
-    """The parameters of a quantized model.
+class QuantizedParams(CachedLeaves):
+    """The parameters of a quantized model; to change some, make others with `dataclasses.replace`.
 
     Attributes:
       leaves: float leaves that are still read, by name; a leaf that exists only as integer codes
