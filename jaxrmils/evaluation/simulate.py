@@ -21,7 +21,7 @@ from jaxrmils.numerics import ROUNDINGS
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.numerics.placement import spread, to_host, with_params
 from jaxrmils.policies import Plan
-from jaxrmils.policies.simulation import plan_switches, switch_candidates
+from jaxrmils.policies.switches import plan_switches, switch_candidates
 from jaxrmils.sensitivity import (
     Candidate,
     CandidateSet,

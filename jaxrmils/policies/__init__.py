@@ -56,8 +56,8 @@ from jaxrmils.policies.sequence import Search as Search
 from jaxrmils.policies.sequence import plan_sequence as plan_sequence
 from jaxrmils.policies.simulation import Simulation as Simulation
 from jaxrmils.policies.simulation import Simulator as Simulator
-from jaxrmils.policies.simulation import plan_switches as plan_switches
-from jaxrmils.policies.simulation import switch_candidates as switch_candidates
+from jaxrmils.policies.switches import plan_switches as plan_switches
+from jaxrmils.policies.switches import switch_candidates as switch_candidates
 from jaxrmils.policies.tangents import Tangents as Tangents
 from jaxrmils.policies.tangents import plan_interval as plan_interval
 from jaxrmils.policies.uniform import uniform as uniform

@@ -70,6 +70,7 @@ def is_linear(simulation: Simulation, scores: Scores, plan: Plan) -> bool:
       scores: of its examples.
       plan: any plan; one that quantizes nothing shows nothing.
     """
-    change, divergence = simulation.change(plan), simulation.divergences().change(plan)
+    divergence = simulation.divergences().change(plan)
+    change = simulation.change(plan)
     slopes = sum(predict(scores, plan).values(), np.zeros_like(change))
     return bool(np.abs(divergence).max() < _LINEAR * np.abs(change - slopes).max())

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -24,10 +23,11 @@ from jaxrmils.policies.attribution import (
     by_layer,
     checked,
     finite,
-    formats_of,
 )
 from jaxrmils.policies.formats import PlanError, candidates_for
+from jaxrmils.policies.kept import Kept
 from jaxrmils.policies.plan import Plan, check_plan
+from jaxrmils.policies.switches import USUAL, plan_switches, switch_candidates
 from jaxrmils.progress import Progress, silent
 from jaxrmils.sensitivity import (
     Candidate,
@@ -36,17 +36,19 @@ from jaxrmils.sensitivity import (
     Loss,
     ScoreError,
     all_off,
+    float_network,
     perturbed_losses,
+    perturbed_slopes,
     secant,
     weight_noise,
 )
 
-_USUAL = CandidateSet()
 # Of what a simulation keeps. An attribution has a number for every example and layer: of 5,000
 # examples and 100 layers 4 MB, while the changes of a plan are 40 kB.
 ATTRIBUTIONS_BYTES = 256 * 10**6
 CHANGES_BYTES = 64 * 10**6
-T = TypeVar("T", np.ndarray, PlanAttribution)
+# The float model's outputs: 1,000 logits of 64,000 examples.
+OUTPUTS_BYTES = 256 * 10**6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,17 +71,16 @@ class Simulator:
     def noise(self) -> Any:
         """`noise(params)`: what `weight_noise` returns; `candidates` as in `losses`."""
 
-        def step(params: Any, candidates: CandidateSet = _USUAL) -> Any:
+        def step(params: Any, candidates: CandidateSet = USUAL) -> Any:
             return weight_noise(self.graph, params, candidates.weights)
 
         return jax.jit(step, static_argnames="candidates")
 
     @functools.cached_property
     def losses(self) -> Any:
-        """`losses(params, noise, ranges, switches, inputs, targets, slope)`: float32 [batch].
+        """`losses(params, noise, ranges, switches, inputs, targets)`: float32 [batch].
 
-        `slope` as in `jaxrmils.sensitivity.perturbed_losses`. What the switches mean is a last
-        argument, `candidates`, for which it is compiled.
+        What the switches mean is a last argument, `candidates`, for which it is compiled.
         """
 
         def step(
@@ -89,8 +90,7 @@ class Simulator:
             switches: Any,
             x: Any,
             y: Any,
-            slope: Any = None,
-            candidates: CandidateSet = _USUAL,
+            candidates: CandidateSet = USUAL,
         ) -> Any:
             return perturbed_losses(
                 self.graph,
@@ -103,16 +103,56 @@ class Simulator:
                 activation_candidates=candidates.activations,
                 weight_candidates=candidates.weights,
                 noise=noise,
-                slope=slope,
+            )
+
+        return jax.jit(step, static_argnames="candidates")
+
+    @functools.cached_property
+    def outputs(self) -> Any:
+        """`outputs(params, inputs)`: the float model's, as `perturbed_slopes` takes them."""
+        return jax.jit(functools.partial(float_network, self.graph))
+
+    @functools.cached_property
+    def slopes(self) -> Any:
+        """`slopes(params, noise, ranges, switches, inputs, targets, float_outputs)`.
+
+        Losses and slopes as of `jaxrmils.sensitivity.perturbed_slopes`; `candidates` as in
+        `losses`.
+        """
+
+        def step(
+            params: Any,
+            noise: Any,
+            ranges: Any,
+            switches: Any,
+            x: Any,
+            y: Any,
+            float_outputs: Any = None,
+            candidates: CandidateSet = USUAL,
+        ) -> Any:
+            return perturbed_slopes(
+                self.graph,
+                params,
+                x,
+                y,
+                self.loss,
+                ranges,
+                *switches,
+                float_outputs=float_outputs,
+                activation_candidates=candidates.activations,
+                weight_candidates=candidates.weights,
+                noise=noise,
             )
 
         return jax.jit(step, static_argnames="candidates")
 
     @functools.cached_property
     def secants(self) -> Any:
-        """`secants(params, noise, ranges, switches, inputs, targets, float_loss, scale, slope)`.
+        """`secants(params, noise, ranges, switches, inputs, targets, float_loss, scale, slope,
+        float_outputs)`.
 
-        Attributions. `scale` multiplies all noise; `slope` and `candidates` as in `losses`.
+        Attributions. `scale` multiplies all noise; the others as in
+        `jaxrmils.sensitivity.secant`, `candidates` as in `losses`.
         """
 
         def step(
@@ -125,7 +165,8 @@ class Simulator:
             float_loss: Any,
             scale: Any,
             slope: Any = None,
-            candidates: CandidateSet = _USUAL,
+            float_outputs: Any = None,
+            candidates: CandidateSet = USUAL,
         ) -> Any:
             formats = Formats(*switches, candidates=candidates)
             return secant(
@@ -141,6 +182,7 @@ class Simulator:
                 float_loss=float_loss,
                 slope=slope,
                 scale=scale,
+                float_outputs=float_outputs,
             )
 
         return jax.jit(step, static_argnames="candidates")
@@ -170,16 +212,13 @@ class Simulation:
     Attributes:
       simulator, params, ranges, batches: as given.
       candidates: what its programs know; a plan that has others gets a program of its own.
-      slope: losses are divergences from the float model's outputs with so much of the slope, see
-        `jaxrmils.sensitivity.divergence`; None for the losses themselves.
     """
 
     simulator: Simulator
     params: Any
     ranges: Ranges
     batches: Sequence[tuple[Any, Any]]
-    candidates: CandidateSet = _USUAL
-    slope: float | None = None
+    candidates: CandidateSet = USUAL
 
     def holding(self, formats: Iterable[str]) -> Simulation:
         """The simulation whose one program knows these formats too; itself if it does already.
@@ -192,21 +231,17 @@ class Simulation:
             return self
         wider = dataclasses.replace(self, candidates=candidates)
         # What is made already serves both.
-        for name in ("_noises", "_changes", "_attributions"):
+        for name in ("_noises", "_changes", "_apart", "_attributions"):
             wider.__dict__[name] = getattr(self, name)
         return wider
 
-    def divergences(self, slope: float = 0.0) -> Simulation:
-        """The simulation of what the loss adds to its slope at the float outputs.
+    def divergences(self, slope: float = 0.0) -> Divergences:
+        """What the loss adds to its slope at the float outputs.
 
         Args:
           slope: how much of the slope is added to it.
         """
-        if slope not in self._divergences:
-            other = dataclasses.replace(self, slope=slope)
-            other.__dict__["_noises"] = self._noises
-            self._divergences[slope] = other
-        return self._divergences[slope]
+        return Divergences(self, slope)
 
     @property
     def noise(self) -> Any:
@@ -222,7 +257,28 @@ class Simulation:
     def _float_losses(self) -> tuple[np.ndarray, np.ndarray]:
         """And whose examples they are."""
         off = to_host(all_off(self.simulator.graph, self.ranges))
-        return self._losses(off, self.candidates)
+        losses, readers = self._over_data(self.simulator.losses, off, self.candidates)
+        return _finite(losses), readers
+
+    @functools.cached_property
+    def _float_outputs(self) -> Any:
+        """The float model's outputs, a pytree of [N, ...]; None where they are too much to keep, or
+        not all of them have a row for every example.
+        """
+        parts, readers = [], []
+        for placed in spread((x for x, _ in self.batches), self.simulator.sharding):
+            found = self.simulator.outputs(self.params, placed.values)
+            rows = jax.tree.leaves(placed.values)[0].shape[0]
+            leaves = jax.tree.leaves(found)
+            bytes_each = sum(leaf.nbytes for leaf in leaves) / rows
+            if any(leaf.shape[:1] != (rows,) for leaf in leaves):
+                return None
+            if bytes_each * self.float_loss.size > OUTPUTS_BYTES:
+                return None
+            parts.append(placed.taken(found))
+            readers.append(placed.readers)
+        whole = jax.tree.map(lambda *each: np.concatenate(each), *parts)
+        return in_reading_order(np.concatenate(readers), whole)
 
     def change(self, plan: Plan) -> np.ndarray:
         """float64 [N]: quantized minus float loss of every example.
@@ -231,13 +287,39 @@ class Simulation:
           PlanError: the plan is for another model, or quantizes what has no range.
           ScoreError: a loss is not finite.
         """
+        if self.__dict__.get("_float_outputs") is not None:
+            # Divergences are looked at, too: one pass gives both.
+            return self.apart(plan)[0]
 
         def measured() -> np.ndarray:
-            change = self._losses(*self._switches(plan))[0] - self.float_loss
+            losses, _ = self._over_data(self.simulator.losses, *self._switches(plan))
+            change = _finite(losses) - self.float_loss
             change.setflags(write=False)  # It may be handed out again.
             return change
 
         return self._changes.of(_key(plan), measured)
+
+    def apart(self, plan: Plan) -> np.ndarray:
+        """float64 [2, N]: the change, and how much of it is the slope at the float outputs.
+
+        Raises:
+          PlanError, ScoreError: as `change`.
+        """
+
+        def measured() -> np.ndarray:
+            known = () if self._float_outputs is None else (self._float_outputs,)
+            switches = self._switches(plan)
+            (losses, slopes), _ = self._over_data(self.simulator.slopes, *switches, *known)
+            found = np.stack(
+                [
+                    _finite(losses) - self.float_loss,
+                    _finite(slopes, "slope of the loss at the float outputs"),
+                ]
+            )
+            found.setflags(write=False)
+            return found
+
+        return self._apart.of(_key(plan), measured)
 
     def attribute(
         self, plan: Plan, progress: Progress = silent, *, scale: float = 1.0
@@ -249,39 +331,54 @@ class Simulation:
           progress: see `jaxrmils.progress`.
           scale: multiplies all noise, as in `jaxrmils.sensitivity.secant`.
         """
-        key = (_key(plan), scale)
-        return self._attributions.of(key, lambda: self._attributed(plan, scale, progress))
+        key = (_key(plan), scale, None)
+        return self._attributions.of(key, lambda: self._attributed(plan, scale, None, progress))
 
-    def _attributed(self, plan: Plan, scale: float, progress: Progress) -> PlanAttribution:
+    def _attributed(
+        self, plan: Plan, scale: float, slope: float | None, progress: Progress
+    ) -> PlanAttribution:
+        """With a slope, of the divergence; see `Divergences.attribute`."""
         (switches, candidates), parts, readers = self._switches(plan), [], []
-        noise = self._noise_of(candidates)
-        read = progress(self._with_float_losses(), "attributing", len(self.batches))
+        noise, how = self._noise_of(candidates), (np.float32(scale),)
+        if slope is not None:
+            how = (np.float32(scale), np.float32(slope))
+        losses = np.float32(self.float_loss if slope is None else np.zeros_like(self.float_loss))
+        outputs = None if slope is None else self._float_outputs
+        beside = self._beside((losses, *(() if outputs is None else (outputs,))))
+        read = progress(beside, "attributing", len(self.batches))
         for number, placed in enumerate(spread(read, self.simulator.sharding)):
+            x, y, known, *origin = placed.values
             found = self.simulator.secants(
                 self.params,
                 noise,
                 self.ranges,
                 switches,
-                *placed.values,
-                np.float32(scale),
-                self._slope,
+                x,
+                y,
+                known,
+                *how,
+                *origin,
                 candidates=candidates,
             )
             parts.append(finite(placed.taken(found), number))
             readers.append(placed.readers)
         return by_layer(self.simulator.graph, plan, parts, np.concatenate(readers))
 
-    def _with_float_losses(self) -> Iterator[tuple[Any, Any, np.ndarray]]:
-        """This process's batches, each with the float losses of its examples."""
-        losses, readers = self._float_losses
+    def _beside(self, values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+        """This process's batches, `(inputs, targets, *parts)`, with its examples' part of values.
+
+        Args:
+          values: pytrees of [N, ...].
+        """
         sharding = self.simulator.sharding
-        if sharding is not None:
-            losses = losses[readers == Layout(sharding).own]
+        if values and sharding is not None:
+            own = self._float_losses[1] == Layout(sharding).own
+            values = jax.tree.map(lambda value: value[own], values)
         start = 0
         for inputs, targets in self.batches:
-            stop = start + jax.tree.leaves(inputs)[0].shape[0]
-            yield inputs, targets, losses[start:stop].astype(np.float32)
-            start = stop
+            rows = slice(start, start + jax.tree.leaves(inputs)[0].shape[0])
+            yield inputs, targets, *jax.tree.map(lambda value, rows=rows: value[rows], values)
+            start = rows.stop
 
     def _switches(self, plan: Plan) -> tuple[Any, CandidateSet]:
         """A plan's switches, and what they mean."""
@@ -298,138 +395,84 @@ class Simulation:
         return self._noises[candidates.weights]
 
     @functools.cached_property
-    def _changes(self) -> _Kept[np.ndarray]:
-        return _Kept(CHANGES_BYTES)
+    def _changes(self) -> Kept[np.ndarray]:
+        return Kept(CHANGES_BYTES)
 
     @functools.cached_property
-    def _attributions(self) -> _Kept[PlanAttribution]:
-        return _Kept(ATTRIBUTIONS_BYTES)
+    def _attributions(self) -> Kept[PlanAttribution]:
+        return Kept(ATTRIBUTIONS_BYTES)
 
     @functools.cached_property
-    def _divergences(self) -> dict[float, Simulation]:
-        return {}
-
-    @property
-    def _slope(self) -> np.float32 | None:
-        return None if self.slope is None else np.float32(self.slope)
+    def _apart(self) -> Kept[np.ndarray]:
+        return Kept(CHANGES_BYTES)
 
     @functools.cached_property
     def _noises(self) -> dict[tuple[Candidate, ...], Any]:
         return {}
 
-    def _losses(self, switches: Any, candidates: CandidateSet) -> tuple[np.ndarray, np.ndarray]:
-        """float64 [N], and whose examples they are."""
+    def _over_data(
+        self, program: Any, switches: Any, candidates: CandidateSet, *values: Any
+    ) -> tuple[Any, np.ndarray]:
+        """What a program gives, a pytree of float64 [N], and whose examples they are.
+
+        Args:
+          program: of the simulator, such as `losses`.
+          switches, candidates: of a plan.
+          values: what it is given beside inputs and targets, pytrees of [N, ...].
+        """
         parts, readers, noise = [], [], self._noise_of(candidates)
-        for placed in spread(self.batches, self.simulator.sharding):
-            found = self.simulator.losses(
-                self.params,
-                noise,
-                self.ranges,
-                switches,
-                *placed.values,
-                self._slope,
-                candidates=candidates,
+        for placed in spread(self._beside(values), self.simulator.sharding):
+            found = program(
+                self.params, noise, self.ranges, switches, *placed.values, candidates=candidates
             )
-            parts.append(placed.taken(found).astype(np.float64))
+            parts.append(jax.tree.map(np.float64, placed.taken(found)))
             readers.append(placed.readers)
+        whole = jax.tree.map(lambda *each: np.concatenate(each), *parts)
         readers = np.concatenate(readers)
-        losses, readers = in_reading_order(readers, (np.concatenate(parts), readers))
-        bad = np.flatnonzero(~np.isfinite(losses))
-        if bad.size:
-            raise ScoreError(
-                f"the loss of example {bad[0]} is {losses[bad[0]]} ({bad.size} of {losses.size} "
-                "examples); finite values were expected"
-            )
-        return losses, readers
+        return in_reading_order(readers, (whole, readers))
 
 
-class _Kept(Generic[T]):
-    """The last results, by plan: refinements at several budgets start from the same plans.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Divergences:
+    """What a simulated loss adds to its slope at the float outputs; see `Simulation.divergences`.
 
-    Args:
-      most: bytes of all their arrays. The last result is kept, however large.
+    Float outputs are kept up to `OUTPUTS_BYTES`; larger ones cost a forward pass in every other.
+
+    Attributes:
+      simulation: keeps what was measured.
+      slope: how much of the slope is added, see `jaxrmils.sensitivity.divergence`.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most, self.bytes, self.found = most, 0, dict[Any, T]()
+    simulation: Simulation
+    slope: float
 
-    def of(self, key: Any, make: Callable[[], T]) -> T:
-        """The result of a plan, made if it is not kept."""
-        if key in self.found:
-            found = self.found.pop(key)
-        else:
-            found = make()
-            self.bytes += _array_bytes(found)
-        self.found[key] = found
-        while self.bytes > self.most and len(self.found) > 1:
-            self.bytes -= _array_bytes(self.found.pop(next(iter(self.found))))
-        return found
+    def change(self, plan: Plan) -> np.ndarray:
+        """float64 [N]: the divergence of a plan, on every example; raises what that raises."""
+        change, slopes = self.simulation.apart(plan)
+        return change - (1 - self.slope) * slopes
+
+    def attribute(
+        self, plan: Plan, progress: Progress = silent, *, scale: float = 1.0
+    ) -> PlanAttribution:
+        """The divergence shared out among the layers; arguments as of `Simulation.attribute`."""
+
+        def made() -> PlanAttribution:
+            return self.simulation._attributed(plan, scale, self.slope, progress)
+
+        return self.simulation._attributions.of((_key(plan), scale, self.slope), made)
 
 
-def _array_bytes(result: np.ndarray | PlanAttribution) -> int:
-    if isinstance(result, np.ndarray):
-        return result.nbytes
-    shares = sum(share.nbytes for share in result.layers.values())
-    return shares + result.float_loss.nbytes + result.quantized_loss.nbytes
+def _finite(values: np.ndarray, what: str = "loss") -> np.ndarray:
+    """ScoreError if a value is not finite."""
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        raise ScoreError(
+            f"the {what} of example {bad[0]} is {values[bad[0]]} ({bad.size} of {values.size} "
+            "examples); finite values were expected"
+        )
+    return values
 
 
 def _key(plan: Plan) -> Any:
     """What a simulation depends on."""
     return plan.fingerprint, tuple(sorted(plan.layers.items(), key=lambda item: item[0]))
-
-
-def switch_candidates(graph: Graph, plan: Plan, known: CandidateSet = _USUAL) -> CandidateSet:
-    """What a plan's switches must be able to say: known candidates, and others behind them.
-
-    A program is compiled for a set. Plans of the formats that are always scored share one.
-
-    Args:
-      graph: from `trace`.
-      plan: from a policy.
-      known: by default those that are always scored.
-    """
-    formats = formats_of(graph, plan)
-    activations = [c for each in formats.activations.values() for c in each]
-    return known.holding(activations, formats.weights.values())
-
-
-def plan_switches(
-    graph: Graph, ranges: Ranges, plan: Plan, candidates: CandidateSet = _USUAL
-) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """A plan as `perturbed_losses` takes it.
-
-    Args:
-      graph: from `trace`.
-      ranges: from `calibrate`.
-      plan: from a policy.
-      candidates: what switches mean, as from `switch_candidates`.
-
-    Returns:
-      Per site, int32 [operands], and per weight, an int32 scalar: 0 for float, k + 1 for candidate
-      k of the set.
-
-    Raises:
-      PlanError: a planned site has no range, or the set lacks a format of the plan.
-    """
-    activations, weights = all_off(graph, ranges)
-    formats = formats_of(graph, plan)
-    for name, candidate in formats.weights.items():
-        weights[name] = jnp.int32(_switch(candidate, candidates.weights))
-    for site, own in formats.activations.items():
-        if site not in activations:
-            raise PlanError(
-                f"site {site} is planned in integers, but no calibration example reached it, so it "
-                "has no range; skip it or calibrate on examples that reach it"
-            )
-        switches = [_switch(candidate, candidates.activations) for candidate in own]
-        activations[site] = jnp.asarray(switches, jnp.int32)
-    return activations, weights
-
-
-def _switch(candidate: Candidate, known: Sequence[Candidate]) -> int:
-    if candidate not in known:
-        raise PlanError(
-            f"the plan has {candidate}, which these switches can't say; pass "
-            "`switch_candidates(graph, plan)`"
-        )
-    return known.index(candidate) + 1

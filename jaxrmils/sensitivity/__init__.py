@@ -30,8 +30,10 @@ from jaxrmils.sensitivity.moments import score_moments as score_moments
 from jaxrmils.sensitivity.output_noise import output_power as output_power
 from jaxrmils.sensitivity.output_noise import squared_output as squared_output
 from jaxrmils.sensitivity.perturb import all_off as all_off
+from jaxrmils.sensitivity.perturb import float_network as float_network
 from jaxrmils.sensitivity.perturb import perturbed_losses as perturbed_losses
 from jaxrmils.sensitivity.perturb import perturbed_outputs as perturbed_outputs
+from jaxrmils.sensitivity.perturb import perturbed_slopes as perturbed_slopes
 from jaxrmils.sensitivity.scores import Scores as Scores
 from jaxrmils.sensitivity.scores import score as score
 from jaxrmils.sensitivity.secant import Attribution as Attribution

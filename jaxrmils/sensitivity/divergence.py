@@ -17,6 +17,7 @@ log probabilities already, d is 0 and the slope is everything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,11 +46,30 @@ def divergence(loss: Loss, float_outputs: Any, slope: Any = 0.0) -> Loss:
     [0.25]
     [0.25]
     """
+    apart = with_slope(loss, float_outputs)
+
+    def measured(outputs: Any, targets: Any) -> Any:
+        after, before, along = apart(outputs, targets)
+        return after - before - (1 - jnp.float32(slope)) * along
+
+    return measured
+
+
+def with_slope(loss: Loss, float_outputs: Any) -> Callable[[Any, Any], tuple[Any, Any, Any]]:
+    """A loss, and its slope at the float outputs.
+
+    Args:
+      loss, float_outputs: as for `divergence`.
+
+    Returns:
+      `measured(outputs, targets) -> (losses, float losses, slopes)`, all float32 [batch]: l(y_q),
+      l(y) and <grad l(y), y_q - y>.
+    """
     leaves, structure = jax.tree.flatten(float_outputs)
     sloped = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     origin = [leaves[i] for i in sloped]
 
-    def measured(outputs: Any, targets: Any) -> Any:
+    def measured(outputs: Any, targets: Any) -> tuple[Any, Any, Any]:
         def at(values: list[Any]) -> Any:
             filled = dict(zip(sloped, values, strict=True))
             full = [filled.get(i, leaf) for i, leaf in enumerate(leaves)]
@@ -58,7 +78,6 @@ def divergence(loss: Loss, float_outputs: Any, slope: Any = 0.0) -> Loss:
         reached = jax.tree.leaves(outputs)
         moves = [reached[i] - y for i, y in zip(sloped, origin, strict=True)]
         before, along = jax.jvp(at, (origin,), (moves,))
-        change = loss(outputs, targets).astype(jnp.float32) - before
-        return change - (1 - jnp.float32(slope)) * along
+        return loss(outputs, targets).astype(jnp.float32), before, along
 
     return measured

@@ -21,7 +21,7 @@ from jaxrmils.sensitivity.candidates import (
     Candidate,
 )
 from jaxrmils.sensitivity.contraction import grid_of
-from jaxrmils.sensitivity.divergence import divergence
+from jaxrmils.sensitivity.divergence import with_slope
 from jaxrmils.sensitivity.tangent import Loss, ScoreError, check_ranges, weight_noise
 
 FLOAT = 0  # a switch in this position leaves its operand alone; k + 1 is candidate k
@@ -40,7 +40,6 @@ def perturbed_losses(
     activation_candidates: Sequence[Candidate] = ACTIVATION_CANDIDATES,
     weight_candidates: Sequence[Candidate] = WEIGHT_CANDIDATES,
     noise: Mapping[str, tuple[Any, ...]] | None = None,
-    slope: Any = None,
 ) -> Any:
     """Per-example losses with simulated quantization wherever a switch says so.
 
@@ -56,9 +55,6 @@ def perturbed_losses(
       activation_candidates: what the activation switches mean.
       weight_candidates: what the weight switches mean.
       noise: `weight_noise(graph, params, weight_candidates)` if already known.
-      slope: a float scalar, may be traced, for the divergence of the loss with so much of its slope
-        at the float outputs (see `jaxrmils.sensitivity.divergence`), which takes a forward pass of
-        the float model, too; None for the loss itself.
 
     Returns:
       float32 [batch].
@@ -77,16 +73,68 @@ def perturbed_losses(
         weight_candidates=weight_candidates,
         noise=noise,
     )
-    measure = loss
-    if slope is not None:
-        measure = divergence(loss, graph.apply(params, inputs), slope)
-    losses, count = measure(outputs, targets), jax.tree.leaves(inputs)[0].shape[0]
+    losses = loss(outputs, targets)
+    _check_per_example(losses, inputs)
+    return losses.astype(jnp.float32)
+
+
+def perturbed_slopes(
+    graph: Graph,
+    params: Any,
+    inputs: Any,
+    targets: Any,
+    loss: Loss,
+    ranges: Ranges,
+    activation_switches: Mapping[str, Any],
+    weight_switches: Mapping[str, Any],
+    *,
+    float_outputs: Any = None,
+    **settings: Any,
+) -> tuple[Any, Any]:
+    """The losses of `perturbed_losses`, and what their slope at the float outputs says of them.
+
+    Args:
+      graph, params, inputs, targets, loss, ranges, activation_switches, weight_switches: as for
+        `perturbed_losses`.
+      float_outputs: the outputs of `float_network`, if they are already known; otherwise they take
+        a forward pass of their own.
+      **settings: the other arguments of `perturbed_losses`.
+
+    Returns:
+      `(losses, slopes)`, float32 [batch]: l(y_q) and <grad l(y), y_q - y>, as in
+      `jaxrmils.sensitivity.divergence`.
+
+    Raises:
+      ScoreError: as `perturbed_losses`.
+    """
+    outputs = perturbed_outputs(
+        graph, params, inputs, ranges, activation_switches, weight_switches, **settings
+    )
+    if float_outputs is None:
+        float_outputs = float_network(graph, params, inputs)
+    losses, _, slopes = with_slope(loss, float_outputs)(outputs, targets)
+    _check_per_example(losses, inputs)
+    return losses, slopes
+
+
+def _check_per_example(losses: Any, inputs: Any) -> None:
+    """ScoreError unless there is a loss for every example."""
+    count = jax.tree.leaves(inputs)[0].shape[0]
     if jnp.shape(losses) != (count,):
         raise ScoreError(
             f"loss returned shape {jnp.shape(losses)} for {count} examples; one value for every "
             f"example was expected, shape ({count},). Do not average over the batch."
         )
-    return losses.astype(jnp.float32)
+
+
+def float_network(graph: Graph, params: Any, inputs: Any) -> Any:
+    """The outputs that `perturbed_outputs` gives with everything off."""
+    return interpret(graph, run_float, jax.tree.leaves(params), inputs)[0]
+
+
+def run_float(call: SiteCall) -> tuple[Any, None]:
+    """A handler: the site without noise, computed as those with noise are."""
+    return call.bind_wide(*call.operands()), None
 
 
 def perturbed_outputs(

@@ -34,7 +34,7 @@ from jaxrmils.sensitivity.candidates import Candidate, CandidateSet
 from jaxrmils.sensitivity.contraction import grid_of
 from jaxrmils.sensitivity.contraction import noise as activation_noise
 from jaxrmils.sensitivity.divergence import divergence
-from jaxrmils.sensitivity.perturb import switched_noise
+from jaxrmils.sensitivity.perturb import run_float, switched_noise
 from jaxrmils.sensitivity.tangent import Loss, ScoreError, float32_operation, weight_noise
 
 
@@ -107,6 +107,7 @@ def secant(
     float_loss: Any = None,
     slope: Any = None,
     scale: Any = 1.0,
+    float_outputs: Any = None,
 ) -> Attribution:
     """Attributes the joint loss change of a quantized network to its sites, per example.
 
@@ -132,6 +133,8 @@ def secant(
       scale: float scalar, may be traced; multiplies all noise. With a small one the network stays
         near the float one, also where the formats would destroy it, and shares of a divergence,
         over its square, are near their second order.
+      float_outputs: the outputs of `float_network` if they are already known, a pytree with a
+        leading batch axis; otherwise a slope costs a forward pass more.
 
     Returns:
       The attribution.
@@ -163,12 +166,15 @@ def secant(
     nodes, node_weights = (v.astype(np.float32) for v in np.polynomial.legendre.leggauss(points))
     times, shares = (nodes + 1) / 2, node_weights / 2
 
-    def one(inputs: Any, targets: Any, known: Any) -> Attribution:
-        batch, labels = jax.tree.map(lambda x: jnp.asarray(x)[None], (inputs, targets))
+    def one(inputs: Any, targets: Any, known: Any, origin: Any) -> Attribution:
+        batch, labels, origin = jax.tree.map(
+            lambda x: jnp.asarray(x)[None], (inputs, targets, origin)
+        )
         run = functools.partial(interpret, graph, leaves=leaves, inputs=batch, weights=deltas)
 
-        float_outputs = run(handler=_float)[0] if slope is not None or known is None else None
-        measure = loss if slope is None else divergence(loss, float_outputs, slope)
+        if origin is None and (slope is not None or known is None):
+            origin = run(handler=run_float)[0]
+        measure = loss if slope is None else divergence(loss, origin, slope)
 
         def example_loss(outputs: Any) -> Any:
             value = measure(outputs, labels)
@@ -197,14 +203,14 @@ def secant(
         return Attribution(
             activations=total["activations"],
             weights=total["weights"],
-            float_loss=example_loss(float_outputs) if known is None else known,
+            float_loss=example_loss(origin) if known is None else known,
             quantized_loss=quantized,
             points=points,
         )
 
-    if float_loss is None:
-        return jax.vmap(lambda x, y: one(x, y, None))(inputs, targets)
-    return jax.vmap(one)(inputs, targets, jnp.asarray(float_loss, jnp.float32))
+    if float_loss is not None:
+        float_loss = jnp.asarray(float_loss, jnp.float32)
+    return jax.vmap(one)(inputs, targets, float_loss, float_outputs)
 
 
 def path_outputs(
@@ -251,11 +257,6 @@ def _multipliers(graph: Graph, formats: Formats) -> dict[str, dict[str, Any]]:
         },
         "weights": {site: jnp.zeros((), jnp.float32) for site in sorted(weights)},
     }
-
-
-def _float(call: SiteCall) -> tuple[Any, Any]:
-    """The float network."""
-    return call.bind_wide(*call.operands()), None
 
 
 def _quantize(formats: Formats, scale: Any, call: SiteCall) -> tuple[Any, Any]:

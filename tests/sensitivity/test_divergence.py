@@ -11,6 +11,7 @@ import jaxrmils as jr
 from jaxrmils.evaluation import SimulatedModel
 from jaxrmils.numerics import quantize_weight
 from jaxrmils.policies import Simulator
+from jaxrmils.policies import simulation as policy_simulation
 from jaxrmils.sensitivity import divergence
 from jaxrmils.zoo import cross_entropy
 
@@ -155,3 +156,85 @@ def test_scaled_noise_shows_the_second_order():
     moved = np.float64(moved)
     second = 0.5 * ((p * moved**2).sum(1) - (p * moved).sum(1) ** 2)
     assert sum(near.values()) == pytest.approx(second.mean(), rel=0.25)
+
+
+def counted(simulator, *names):
+    """How often each of a simulator's programs runs."""
+    counts = dict.fromkeys(names, 0)
+    for name in names:
+        program = getattr(simulator, name)
+
+        def run(*arguments, name=name, program=program, **settings):
+            counts[name] += 1
+            return program(*arguments, **settings)
+
+        simulator.__dict__[name] = run
+    return counts
+
+
+def test_float_outputs_are_made_once_and_a_pass_gives_change_and_divergence():
+    graph, params, x, ranges = network()
+    simulator = Simulator(graph, cross_entropy)
+    counts = counted(simulator, "outputs", "losses", "slopes", "secants")
+    halves = [(x[:40], jnp.zeros(40, int)), (x[40:], jnp.ones(COUNT - 40, int))]
+    simulation = simulator.on(params, ranges, halves)
+    for name in ("w8a8", "w4a8"):
+        plan = jr.uniform(jr.tabulate(graph), name)
+        for slope in (0.0, 0.25):
+            beyond = simulation.divergences(slope)
+            share = beyond.attribute(plan)
+            np.testing.assert_allclose(share.change, beyond.change(plan), atol=1e-5)
+            assert (share.float_loss == 0).all()
+        simulation.change(plan)
+    assert counts == {"outputs": 2, "losses": 2, "slopes": 4, "secants": 8}
+
+
+def test_float_outputs_that_are_not_kept_change_nothing(monkeypatch):
+    graph, params, x, ranges = network()
+    plan, data = jr.uniform(jr.tabulate(graph), "w4a8"), [(x, jnp.zeros(COUNT, int))]
+    found = []
+    for most in (10**9, 4 * 5 * COUNT - 1):
+        monkeypatch.setattr(policy_simulation, "OUTPUTS_BYTES", most)
+        simulator = Simulator(graph, cross_entropy)
+        counts = counted(simulator, "losses", "slopes")
+        beyond = simulator.on(params, ranges, data).divergences(0.25)
+        change = beyond.simulation.change(plan)
+        found.append((beyond.change(plan), beyond.attribute(plan).layers, change))
+        beyond.simulation.change(plan)
+        assert counts == {"losses": 2, "slopes": 1}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *found)
+
+
+def test_outputs_without_a_row_for_every_example():
+    graph, params, x, ranges = network()
+    plan, labels = jr.uniform(jr.tabulate(graph), "w4a8"), jnp.zeros(COUNT, int)
+    expected = Simulator(graph, cross_entropy).on(params, ranges, [(x, labels)]).divergences()
+    beside = jr.trace(lambda p, x: (graph.apply(p, x), jnp.sum(p["c"])), params, x[:4])
+    simulator = Simulator(beside, lambda o, t: cross_entropy(o[0], t))
+    found = simulator.on(params, jr.calibrate(beside, params, [x]), [(x, labels)]).divergences()
+    plan = jr.uniform(jr.tabulate(beside), "w4a8")
+    np.testing.assert_allclose(found.change(plan), expected.change(plan), rtol=1e-4, atol=1e-6)
+    shares = found.attribute(plan)
+    np.testing.assert_allclose(shares.change, expected.change(plan), rtol=1e-4, atol=1e-6)
+
+
+def test_without_noise_there_is_none_in_half_precision_either():
+    graph, params, x, _ = network()
+    params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params, x))
+    graph = jr.trace(lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"], params, x[:4])
+    ranges = jr.calibrate(graph, params, [x])
+    simulation = Simulator(graph, cross_entropy).on(params, ranges, [(x, jnp.zeros(COUNT, int))])
+    plan = jr.uniform(jr.tabulate(graph), "float")
+    np.testing.assert_array_equal(simulation.divergences().change(plan), 0)
+
+
+def test_a_slope_that_is_not_finite_is_named():
+    graph, params, x, ranges = network()
+
+    def loss(outputs, targets):  # Its slope is infinite at 0, where the first float output is.
+        return jnp.sqrt(jnp.abs(outputs[:, 0] - targets))
+
+    plan, targets = jr.uniform(jr.tabulate(graph), "w4a8"), graph.apply(params, x)[:, 0]
+    beyond = Simulator(graph, loss).on(params, ranges, [(x, targets)]).divergences()
+    with pytest.raises(jr.sensitivity.ScoreError, match="slope of the loss .* of example"):
+        beyond.change(plan)
