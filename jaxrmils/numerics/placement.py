@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -311,8 +312,9 @@ def with_params(params: Any, sharding: NamedSharding | None) -> Any:
     """Parameters that a program with batches spread so can read.
 
     Those that lie on the mesh's devices stay as they are, however they are sharded; others are
-    copied to every device. Without a sharding all stay where they are. Explicit axes of their mesh
-    become automatic ones, without moving data.
+    copied to every device. Without a sharding NumPy arrays are put on the default device, so that
+    not every call does it, and all others stay where they are. Explicit axes of their mesh become
+    automatic ones, without moving data.
 
     Raises:
       PlacementError: parameters lie on a mesh, or are to, while one with explicit axes is set.
@@ -331,6 +333,8 @@ def with_params(params: Any, sharding: NamedSharding | None) -> Any:
 
 
 def _with_automatic_axes(x: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        return jnp.asarray(x)
     placed = x.sharding if isinstance(x, jax.Array) else None
     if not isinstance(placed, NamedSharding):
         return x

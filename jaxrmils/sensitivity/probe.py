@@ -3,8 +3,8 @@
 An activation probe returns its input h. Its cotangent g = dl/dh is contracted with the noise
 Q_k(h) - h of every candidate k, and the numbers leave the backward pass as the cotangent of a
 dummy input, the slot. A weight probe sits on an operation's output y = h (*) w: by linearity
-the contribution of weight noise delta is <g_y, h (*) delta>, one more forward of the operation
-and no weight gradient. Both hold for one example; `jax.vmap` gives a batch.
+the contribution of weight noise delta is <g_y, h (*) delta>. Both hold for one example; `jax.vmap`
+gives a batch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jaxrmils.sensitivity.candidates import Candidate
 from jaxrmils.sensitivity.contraction import GRADIENT_STATISTICS as GRADIENT_STATISTICS
 from jaxrmils.sensitivity.contraction import contract
 from jaxrmils.sensitivity.contraction import noise as noise
+from jaxrmils.sensitivity.weight_contraction import contract_weight
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -62,12 +63,20 @@ def _activation_backward(candidates: tuple[Candidate, ...], residual: Any, g: An
 activation_probe.defvjp(_activation_forward, _activation_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def weight_probe(operation: Callable[[Any, Any], Any], y: Any, slot: Any, h: Any, d: Any) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def weight_probe(
+    operation: Callable[[Any, Any], Any],
+    summed: int,
+    y: Any,
+    slot: Any,
+    h: Any,
+    d: Any,
+) -> Any:
     """The identity in y.
 
     Args:
       operation: `operation(h, delta)`, the site's operation in float32.
+      summed: of a product of matrices, the dims that it sums over, as in `contract_weight`; or 0.
       y: the operation's output.
       slot: float32 [K]; its cotangent is <g_y, operation(h, delta_k)>.
       h: the other operand (activation or indices).
@@ -77,15 +86,16 @@ def weight_probe(operation: Callable[[Any, Any], Any], y: Any, slot: Any, h: Any
 
 
 def _weight_forward(
-    operation: Callable[[Any, Any], Any], y: Any, slot: Any, h: Any, d: Any
+    operation: Callable[[Any, Any], Any], summed: int, y: Any, slot: Any, h: Any, d: Any
 ) -> tuple[Any, Any]:
     return y, (h, d)
 
 
-def _weight_backward(operation: Callable[[Any, Any], Any], residual: Any, g: Any) -> Any:
+def _weight_backward(
+    operation: Callable[[Any, Any], Any], summed: int, residual: Any, g: Any
+) -> Any:
     h, deltas = residual
-    g32 = g.astype(jnp.float32)
-    slot = jnp.stack([jnp.sum(g32 * operation(h, delta)) for delta in deltas])
+    slot = contract_weight(operation, summed, g.astype(jnp.float32), h, deltas)
     return g, slot, None, None
 
 

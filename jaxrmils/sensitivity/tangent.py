@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrmils.graph import Graph, SiteCall, group_axis, interpret
+from jaxrmils.graph import Graph, SiteCall, compat, group_axis, interpret
 from jaxrmils.numerics import quantize_weight
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.sensitivity.candidates import (
@@ -240,11 +240,26 @@ def _handler(
     if site.name in slots["weights"]:
         assert site.weight is not None
         deltas = tuple(call.view(delta) for delta in call.weight)
-        other = operands[1 - site.weight.operand]
-        operation = float32_operation(call)
-        slot = slots["weights"][site.name]
-        result = weight_probe(operation, result, slot, jax.lax.stop_gradient(other), deltas)
+        index = site.weight.operand
+        result = weight_probe(
+            float32_operation(call),
+            matrix_dims(call),
+            result,
+            slots["weights"][site.name],
+            jax.lax.stop_gradient(operands[1 - index]),
+            deltas,
+        )
     return result, None
+
+
+def matrix_dims(call: SiteCall) -> int:
+    """How many dims a site sums over if it is a product of matrices; see `contract_weight`."""
+    if call.site.kind != "dot" or call.site.weight is None or call.site.weight.operand != 1:
+        return 0
+    summed, (batch, _) = call.eqn.params["dimension_numbers"]
+    count, ndim = len(summed[0]), compat.abstract(call.eqn.invars[0]).ndim
+    in_order = sorted(zip(*summed, strict=True)) == [(ndim - count + i, i) for i in range(count)]
+    return count if in_order and not batch else 0
 
 
 def float32_operation(call: SiteCall) -> Callable[[Any, Any], Any]:

@@ -236,5 +236,5 @@ def test_a_slope_that_is_not_finite_is_named():
 
     plan, targets = jr.uniform(jr.tabulate(graph), "w4a8"), graph.apply(params, x)[:, 0]
     beyond = Simulator(graph, loss).on(params, ranges, [(x, targets)]).divergences()
-    with pytest.raises(jr.sensitivity.ScoreError, match="slope of the loss .* of example"):
+    with pytest.raises(jr.sensitivity.ScoreError, match=r"slope of the loss .* of example"):
         beyond.change(plan)

@@ -78,7 +78,7 @@ def test_the_weight_probe_contracts_with_the_operation():
         return h @ w
 
     result, pull = jax.vjp(
-        lambda y, slot: weight_probe(operation, y, slot, jnp.asarray(h), deltas), y, jnp.zeros(2)
+        lambda y, slot: weight_probe(operation, 0, y, slot, jnp.asarray(h), deltas), y, jnp.zeros(2)
     )
     through, slot = pull(jnp.asarray(g))
     np.testing.assert_array_equal(result, y)
