@@ -74,6 +74,8 @@ def by_products(operation: Callable[[Any, Any], Any], g: Any, h: Any, *deltas: A
     return jnp.stack([jnp.sum(g * operation(h, delta)) for delta in deltas])
 
 
+# Under jit, sites of one shape are traced once.
+@jax.jit
 def by_gradient(g: Any, h: Any, *deltas: Any) -> Any:
     """Of y = h @ w, by blocks of G's rows.
 
