@@ -62,7 +62,12 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--only", type=int, nargs="*", help="seeds: make these draws, no table")
-    parser.add_argument("--again", nargs="*", default=[], help="objectives: make their rows again")
+    parser.add_argument(
+        "--again",
+        nargs="*",
+        default=[],
+        help="objectives, to make their rows again, or passes",
+    )
     parser.add_argument("--bits", type=float, nargs="+", default=[3, 4, 5, 6, 8])
     parser.add_argument("--objectives", nargs="*", default=[*SAVED, *jr.MEASURED_COSTS])
     parser.add_argument("--rounds", type=int, default=4, help="of the refinement")
@@ -82,7 +87,7 @@ def main() -> None:
         if known and not set(args.again):
             continue
         known = [row for row in known if row["objective"] not in args.again]
-        if REFINED in args.again:  # Its rounds may cost something else now.
+        if {REFINED, "passes"} & set(args.again):  # Its rounds may cost something else now.
             known = [{k: v for k, v in row.items() if k != "passes"} for row in known]
         config.seed = seed
         task = make_task(config, args.config, bars)
@@ -91,7 +96,9 @@ def main() -> None:
             graph = trace_task(task)
             config = with_batch_size(config, graph, task)
             simulator = Simulator(graph, task.loss)
-        rows = [*known, *draw(config, graph, simulator, task, args, known)]
+        rows = list(known)
+        if not known or set(args.again) - {"passes"}:
+            rows += draw(config, graph, simulator, task, args, known)
         if not any("passes" in row for row in rows):
             rows[0]["passes"] = pass_seconds(config, graph, simulator, task)
         kept = kept_at(out, seed)

@@ -59,6 +59,13 @@ def test_every_objective_has_a_row(tmp_path, monkeypatch, capsys):
         row.pop("passes", None)
         assert row["objective"] == "refined" or row in kept
     assert sum("passes" in row for row in again) == 2  # A round's cost is measured again.
+    # Or nothing but passes.
+    monkeypatch.setattr(sys, "argv", [*command, "--again", "passes"])
+    objectives.main()
+    assert "'objective'" not in capsys.readouterr().out
+    timed = json.loads(out.with_suffix(".json").read_text())["rows"]
+    times = [[row.pop("passes") for row in rows if "passes" in row] for rows in (again, timed)]
+    assert timed == again and times[0] != times[1] and len(times[1]) == 2
 
 
 def test_an_unknown_objective_is_refused(tmp_path, monkeypatch, capsys):
