@@ -49,7 +49,7 @@ class CachedLeaves(ReadOnlyMappings):
 
     @functools.cached_property
     def _flat(self) -> tuple[tuple[Any, ...], _Structure]:
-        leaves, structure = jax.tree.flatten(_fields(self))
+        leaves, structure = jax.tree.flatten(list(_fields(self).values()))
         return tuple(leaves), _Structure(structure)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,7 +80,8 @@ def register(cls: type[T]) -> type[T]:
 
     def unflatten(structure: _Structure, children: Iterable[Any]) -> T:
         made, flat = object.__new__(cls), tuple(children)
-        made.__dict__.update(structure.tree.unflatten(flat))
+        names = (field.name for field in dataclasses.fields(cls))
+        made.__dict__.update(zip(names, structure.tree.unflatten(flat), strict=True))
         # What came in stays the children, whatever it is: a None has no leaves of its own.
         made.__dict__["_flat"] = flat, structure
         return made
@@ -96,7 +97,7 @@ def _fields(node: CachedLeaves) -> dict[str, Any]:
 def _with_keys(node: CachedLeaves) -> tuple[list[tuple[Any, Any]], _Structure]:
     children, structure = node._flat
     numbered = structure.tree.unflatten(range(len(children)))
-    keys = []
+    fields, keys = list(_fields(node)), []
     for (field, *path), _ in jax.tree_util.tree_leaves_with_path(numbered):
-        keys.append(GetAttrKey(field.key + keystr(tuple(path))))
+        keys.append(GetAttrKey(fields[field.idx] + keystr(tuple(path))))
     return list(zip(keys, children, strict=True)), structure
