@@ -46,7 +46,8 @@ def contract_weight(
     [384. 128.]
     """
     width = math.prod(deltas[0].shape[:summed])
-    if not summed or not gradient_pays(h.size // max(width, 1), len(deltas)):
+    rows = h.size // max(width, 1)
+    if not summed or not deltas[0].size or not gradient_pays(rows, len(deltas)):
         return by_products(operation, g, h, *deltas)
 
     def on_cpu(g: Any, h: Any, *deltas: Any) -> Any:
@@ -93,8 +94,10 @@ def by_gradient(g: Any, h: Any, *deltas: Any) -> Any:
     columns = jax.lax.optimization_barrier(h.astype(jnp.float32).T)
 
     def part(start: Any, width: int) -> Any:
-        own = [jax.lax.dynamic_slice_in_dim(delta, start, width, 0) for delta in deltas]
-        some = jax.lax.dynamic_slice_in_dim(columns, start, width, 0)
+        own, some = list(deltas), columns
+        if width < size:
+            own = [jax.lax.dynamic_slice_in_dim(delta, start, width, 0) for delta in deltas]
+            some = jax.lax.dynamic_slice_in_dim(columns, start, width, 0)
         gradient = jnp.matmul(some, g, precision=jax.lax.Precision.HIGHEST)
         return jnp.matmul(
             jnp.stack([delta.reshape(-1) for delta in own]),
@@ -102,6 +105,8 @@ def by_gradient(g: Any, h: Any, *deltas: Any) -> Any:
             precision=jax.lax.Precision.HIGHEST,
         )
 
+    if width == size:
+        return part(0, size)
     blocks = size // width
     rest = size - blocks * width
     sums = part(blocks * width, rest) if rest else jnp.zeros(len(deltas), jnp.float32)

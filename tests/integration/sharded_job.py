@@ -37,6 +37,11 @@ def model():
     return params, jr.trace(apply, params, jax.ShapeDtypeStruct((2, 16), jnp.float32))
 
 
+def of_sequences(params, x):
+    """Enough rows for weights to be scored by their gradients."""
+    return jnp.mean(jnp.tanh(x @ params["a"]) @ params["b"], axis=1)
+
+
 def data(seed=0, sizes=(8, 8, 5)):
     """The last batch divides by no number of devices; targets have numpy's own integers."""
     rng = np.random.default_rng(seed)
@@ -61,6 +66,8 @@ def everything(graph, params, batches, sharding):
         "layers": parts.layers,
         "simulated": on.attribute(plan).layers,
         "change": on.change(plan),
+        "divergence": on.divergences(0.25).change(plan),
+        "beyond": on.divergences(0.25).attribute(plan).layers,
     }
 
 
@@ -170,6 +177,10 @@ def main():
         brief(graph, sharded, data(), None, ranges=ranges)[0],
     )
     check(costs(graph, params, ranges), costs(graph, sharded, ranges))
+    long = [(np.stack([x, x[::-1]] * 20, axis=1), y) for x, y in data()]
+    few, placed = ({n: p[n] for n in ("a", "b")} for p in (params, place(mesh, TENSOR_PARALLEL)))
+    deep = jr.trace(of_sequences, few, long[0][0])
+    check(brief(deep, few, long, None)[0], brief(deep, placed, long, spread)[0])
     # Parameters of one device, examples over all eight.
     check(one, brief(graph, params, data(), NamedSharding(mesh, P(axes)))[0])
 
