@@ -191,6 +191,8 @@ def draw(
             plans[UNIFORM] = [jr.uniform(scores.table, "w8a8" if bits >= 8 else "w4a8")]
         for name, chosen in plans.items():
             row = {"seed": config.seed, "bits": bits, "objective": name}
+            if name == REFINED:  # Its rounds, and the uniform plans that it was compared with.
+                row["refinement"] = chosen[0].policy["refinement"]
             rows.append(row | judge.mean(chosen) | {"seconds": seconds.get(name)})
     return rows
 

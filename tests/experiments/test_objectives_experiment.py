@@ -30,6 +30,7 @@ def test_every_objective_has_a_row(tmp_path, monkeypatch, capsys):
             found = {r["objective"] for r in rows if (r["seed"], r["bits"]) == (seed, bits)}
             assert found == {*names, "uniform"}
     assert all(isinstance(row["change"], float) and "Acc@1 drop" in row for row in rows)
+    assert all(("refinement" in row) == (row["objective"] == "refined") for row in rows)
     # At 4 bits there is one assignment: all agree but for what stays without a weight.
     four = [r["change"] for r in rows if (r["seed"], r["bits"]) == (100, 4.0)]
     assert max(four) - min(four) < 0.1
