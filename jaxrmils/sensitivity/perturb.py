@@ -106,6 +106,20 @@ def perturbed_slopes(
 
     Raises:
       ScoreError: as `perturbed_losses`.
+
+    >>> from jaxrmils import calibrate, trace
+    >>> x, params = jax.random.normal(jax.random.key(0), (4, 3)), {"w": jnp.ones((3, 2))}
+    >>> graph = trace(lambda p, x: x @ p["w"], params, x)
+    >>> ranges, outputs = calibrate(graph, params, [x]), float_network(graph, params, x)
+    >>> squares = lambda outputs, targets: jnp.sum((outputs - targets) ** 2, axis=-1)
+    >>> off, int8 = all_off(graph, ranges), ({"w": jnp.array([1])}, {"w": jnp.int32(1)})
+    >>> for switches in (off, int8):
+    ...     losses, slopes = perturbed_slopes(
+    ...         graph, params, x, outputs + 1, squares, ranges, *switches, float_outputs=outputs
+    ...     )
+    ...     print(bool((slopes == 0).all()), bool(jnp.abs(losses - 2 - slopes).max() < 0.01))
+    True True
+    False True
     """
     outputs = perturbed_outputs(
         graph, params, inputs, ranges, activation_switches, weight_switches, **settings
