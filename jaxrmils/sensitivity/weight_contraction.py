@@ -64,8 +64,8 @@ def contract_weight(
 def gradient_pays(rows: int, formats: int) -> bool:
     """Is it faster to form G, on CPU?
 
-    Measured with XLA:CPU on dots 384 to 1,536 wide, on two cores: with 32 rows two formats cost the
-    same in both forms, five two thirds.
+    Measured with XLA:CPU on dots 384 to 1,536 wide, on two cores (`benchmarks/weight_formats.py`):
+    with 32 rows two formats cost the same in both forms, five about half.
     """
     return rows * (formats - 1) >= 16 * formats
 
