@@ -58,6 +58,8 @@ def test_parameters_on_the_mesh_stay():
     there = jax.device_put(np.ones(3), Layout(everywhere).replicated)
     assert with_params({"w": there}, sharding("data"))["w"] is there
     assert with_params({"w": there}, None)["w"] is there
+    # NumPy's would be copied to the device in every call.
+    assert isinstance(with_params({"w": np.ones(3)}, None)["w"], jax.Array)
 
 
 @pytest.mark.parametrize(
