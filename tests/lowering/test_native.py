@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -248,7 +249,7 @@ def test_dots_equal_numpy(m, k, n, seed, extreme, choices):
 
 @needs_kernels
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 3), max_size=2), st.integers(1, 40), st.integers(1, 70),
+@given(st.lists(st.integers(1, 3), max_size=2), st.integers(1, 40), st.integers(1, 150),
        st.integers(1, 40), seeds, st.booleans(), epilogues)  # fmt: skip
 def test_products_of_activations_equal_numpy(batch, m, k, n, seed, extreme, choices):
     check_batched_dot(batch, m, k, n, seed, extreme, choices)
@@ -377,7 +378,7 @@ def test_codes_are_those_of_quantize_at_ties():
     """Sums that land on halves of steps, and quotients next to them."""
     k, n = 1, 4096
     x, w = np.ones((1, k), np.int8), np.zeros((k, n), np.int8)
-    for scale in (0.5, 0.1, 0.3, 1 / 3, 0.0123, 7.7e-20, 3.3e22):
+    for scale in (0.5, 0.1, 0.3, 1 / 3, 0.0123, 9e-19, 7.7e-20, 1e18, 3.3e22):
         scale = np.float32(scale)
         halves = (np.arange(n) % 512 - 255.5).astype(np.float32) * scale
         steps = np.arange(n) // 512 - 4  # units in the last place off
@@ -389,6 +390,24 @@ def test_codes_are_those_of_quantize_at_ties():
             actual = dot(jnp.asarray(x), pack_dot(jnp.asarray(w)), epilogue)[0]
             params = QuantParams(*grid, bits=8, symmetric=False)
             assert_same(actual, np.asarray(quantize(jnp.asarray(offset), params)))
+
+
+@needs_kernels
+def test_quotients_by_a_reciprocal_round_like_divisions(tmp_path):
+    """One in 64 significands; `python tests/lowering/test_native.py` tries all 8,388,608."""
+    if kernels.instructions() != "avx512_vnni":
+        pytest.skip("kernels divide")
+    done = run_exact_division(tmp_path, 64)
+    assert done.stdout == f"{2**17 * 256 * 9} compared, 0 different\n", done.stderr
+
+
+def run_exact_division(folder, stride):
+    flags = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")]
+    include, program = Path(build.__file__).parent, folder / "exact_division"
+    source = Path(__file__).with_name("exact_division.cc")
+    command = [*build.find_compiler(), *flags, "-I", include, source, "-o", program]
+    subprocess.run(command, check=True)
+    return subprocess.run([program, str(stride)], capture_output=True, text=True)
 
 
 @needs_kernels
@@ -533,3 +552,8 @@ def test_kernels_without_vector_instructions():
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run([sys.executable, "-c", PORTABLE], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        print(run_exact_division(Path(folder), 1).stdout, end="")

@@ -30,26 +30,50 @@ struct BatchedShape {
   }
 };
 
-// Four codes of each of 16 neighbours, from four rows of them `pitch` apart.
-inline void interleave(const int8_t* from, int64_t pitch, int8_t* to) {
 #ifdef JAXRMILS_VNNI
+
+// Four codes of each of 16 neighbours, from four rows of them `pitch` apart.
+inline __m512i interleaved(const int8_t* from, int64_t pitch) {
   __m128i r[4];
   for (int64_t j = 0; j < 4; ++j) {
     r[j] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j * pitch));
   }
   const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpackhi_epi8(r[0], r[1]);
   const __m128i c = _mm_unpacklo_epi8(r[2], r[3]), d = _mm_unpackhi_epi8(r[2], r[3]);
-  __m128i* out = reinterpret_cast<__m128i*>(to);
-  _mm_storeu_si128(out, _mm_unpacklo_epi16(a, c));
-  _mm_storeu_si128(out + 1, _mm_unpackhi_epi16(a, c));
-  _mm_storeu_si128(out + 2, _mm_unpacklo_epi16(b, d));
-  _mm_storeu_si128(out + 3, _mm_unpackhi_epi16(b, d));
-#else
-  for (int64_t j = 0; j < 4; ++j) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) to[4 * lane + j] = from[j * pitch + lane];
-  }
-#endif
+  const __m256i low = _mm256_set_m128i(_mm_unpackhi_epi16(a, c), _mm_unpacklo_epi16(a, c));
+  const __m256i high = _mm256_set_m128i(_mm_unpackhi_epi16(b, d), _mm_unpacklo_epi16(b, d));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
+
+// Rows of 16 numbers of four bytes become columns.
+inline void transpose(__m512i (&r)[kLanes]) {
+  __m512i t[kLanes];
+  each([&](auto i) JAXRMILS_INLINE {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }, Numbers<8>());
+  each([&](auto i) JAXRMILS_INLINE {
+    constexpr int first = 4 * i;
+    r[first] = _mm512_unpacklo_epi64(t[first], t[first + 2]);
+    r[first + 1] = _mm512_unpackhi_epi64(t[first], t[first + 2]);
+    r[first + 2] = _mm512_unpacklo_epi64(t[first + 1], t[first + 3]);
+    r[first + 3] = _mm512_unpackhi_epi64(t[first + 1], t[first + 3]);
+  }, Numbers<4>());
+  // A quarter of r[4 i + c] is now column 4 q + c of rows 4 i to 4 i + 3, q the quarter's number.
+  each([&](auto c) JAXRMILS_INLINE {
+    constexpr int even = 0x88, odd = 0xdd;
+    const __m512i low = _mm512_shuffle_i32x4(r[c], r[4 + c], even);
+    const __m512i high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], even);
+    const __m512i low_odd = _mm512_shuffle_i32x4(r[c], r[4 + c], odd);
+    const __m512i high_odd = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], odd);
+    r[c] = _mm512_shuffle_i32x4(low, high, even);
+    r[4 + c] = _mm512_shuffle_i32x4(low_odd, high_odd, even);
+    r[8 + c] = _mm512_shuffle_i32x4(low, high, odd);
+    r[12 + c] = _mm512_shuffle_i32x4(low_odd, high_odd, odd);
+  }, Numbers<4>());
+}
+
+#endif
 
 // Packs the right operand of one product, [columns / 16, depth / 4, 16, 4] filled up with zeros.
 inline void pack_columns(const BatchedShape& g, const int8_t* from, int8_t* to) {
@@ -61,18 +85,25 @@ inline void pack_columns(const BatchedShape& g, const int8_t* from, int8_t* to) 
     const int64_t first = p * kLanes, count = std::min<int64_t>(kLanes, g.columns - first);
     const int8_t* panel = from + first * g.rhs_column;
     int64_t done = 0;  // quads
-    if (g.rhs_inner == 1) {
-      done = g.depth / 4;
-      for (int64_t lane = 0; lane < count; ++lane) {
-        const int8_t* column = panel + lane * g.rhs_column;
-        for (int64_t q = 0; q < done; ++q) std::memcpy(to + q * 64 + lane * 4, column + q * 4, 4);
+#ifdef JAXRMILS_VNNI
+    if (g.rhs_inner == 1 && count == kLanes) {
+      for (; 4 * (done + kLanes) <= g.depth; done += kLanes) {
+        __m512i r[kLanes];
+        each([&](auto i) JAXRMILS_INLINE {
+          r[i] = _mm512_loadu_si512(panel + i * g.rhs_column + 4 * done);
+        }, Numbers<kLanes>());
+        transpose(r);
+        each([&](auto i) JAXRMILS_INLINE {
+          _mm512_storeu_si512(to + (done + i) * 64, r[i]);
+        }, Numbers<kLanes>());
       }
     } else if (g.rhs_column == 1 && count == kLanes) {
-      done = g.depth / 4;
-      for (int64_t q = 0; q < done; ++q) {
-        interleave(panel + 4 * q * g.rhs_inner, g.rhs_inner, to + q * 64);
+      for (; 4 * (done + 1) <= g.depth; ++done) {
+        const __m512i quads_of_16 = interleaved(panel + 4 * done * g.rhs_inner, g.rhs_inner);
+        _mm512_storeu_si512(to + done * 64, quads_of_16);
       }
     }
+#endif
     for (int64_t k = 4 * done; k < g.depth; ++k) {
       for (int64_t lane = 0; lane < count; ++lane) {
         to[k / 4 * 64 + lane * 4 + k % 4] = panel[lane * g.rhs_column + k * g.rhs_inner];
@@ -97,40 +128,57 @@ inline void sum_columns(const int8_t* packed, int64_t quads, int64_t panels, int
   }
 }
 
-// Rows of the left operand with their sign bits flipped, and the sums of what is written.
+// Rows of the left operand with their sign bits flipped.
 inline void copy_rows(const BatchedShape& g, const int8_t* from, int64_t count, uint8_t* to,
-                      int64_t stride, int32_t* sums) {
-  int64_t row = 0;  // the first that is not copied
+                      int64_t stride) {
   if (g.lhs_inner == 1) {
-    for (; row < count; ++row) copy_flipped(to + row * stride, from + row * g.lhs_row, g.depth);
-  } else if (g.lhs_row == 1) {
-    for (; row + kLanes <= count; row += kLanes) {
-      int64_t k = 0;
-      for (; k + 4 <= g.depth; k += 4) {
-        int8_t quads[64];
-        uint8_t flipped[64];
-        interleave(from + row + k * g.lhs_inner, g.lhs_inner, quads);
-        copy_flipped(flipped, quads, 64);
-        for (int64_t i = 0; i < kLanes; ++i) {
-          std::memcpy(to + (row + i) * stride + k, flipped + 4 * i, 4);
-        }
+    for (int64_t i = 0; i < count; ++i) copy_flipped(to + i * stride, from + i * g.lhs_row, g.depth);
+    return;
+  }
+  int64_t row = 0;  // the first that is not copied
+#ifdef JAXRMILS_VNNI
+  const __m512i sign = _mm512_set1_epi8(char(0x80));
+  for (; g.lhs_row == 1 && row + kLanes <= count; row += kLanes) {
+    for (int64_t k = 0; k < g.depth; k += 64) {
+      const int64_t rest = std::min<int64_t>(g.depth - k, 64), quads = rest / 4;
+      const int8_t* block = from + row + k * g.lhs_inner;
+      __m512i r[kLanes] = {};
+      for (int64_t q = 0; q < quads; ++q) {
+        r[q] = _mm512_xor_si512(interleaved(block + 4 * q * g.lhs_inner, g.lhs_inner), sign);
       }
-      for (; k < g.depth; ++k) {
-        for (int64_t i = row; i < row + kLanes; ++i) {
-          to[i * stride + k] = uint8_t(from[i + k * g.lhs_inner]) ^ 0x80;
+      transpose(r);
+      for (int64_t i = 0; i < kLanes; ++i) {
+        uint8_t* end = to + (row + i) * stride + k;
+        if (quads == kLanes) {
+          _mm512_storeu_si512(end, r[i]);
+          continue;
+        }
+        _mm512_mask_storeu_epi8(end, (uint64_t{1} << 4 * quads) - 1, r[i]);
+        for (int64_t j = 4 * quads; j < rest; ++j) {
+          end[j] = uint8_t(block[i + j * g.lhs_inner]) ^ 0x80;
         }
       }
     }
   }
+#endif
   for (; row < count; ++row) {
     for (int64_t k = 0; k < g.depth; ++k) {
       to[row * stride + k] = uint8_t(from[row * g.lhs_row + k * g.lhs_inner]) ^ 0x80;
     }
   }
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] = 0;
-    for (int64_t k = 0; k < g.depth; ++k) sums[i] += to[i * stride + k];
+}
+
+inline int32_t sum_bytes(const uint8_t* bytes, int64_t n) {
+  int32_t sum = 0;
+#ifdef JAXRMILS_VNNI
+  __m512i total = _mm512_setzero_si512();
+  for (; n >= 64; n -= 64, bytes += 64) {
+    add_products(total, _mm512_loadu_si512(bytes), _mm512_set1_epi8(1));
   }
+  sum = _mm512_reduce_add_epi32(total);
+#endif
+  for (int64_t i = 0; i < n; ++i) sum += bytes[i];
+  return sum;
 }
 
 // With x' = x + 128 in the left operand, zero points a and b, and K the depth,
@@ -178,10 +226,10 @@ void batched_product(Pool& pool, const BatchedShape& g, const int8_t* lhs, const
     const int64_t end = std::min(start + per_task, g.rows);
     for (int64_t row = start; row < end; row += chunk) {
       const int64_t count = std::min(chunk, end - row);
-      copy_rows(g, from + row * g.lhs_row, count, copied, stride, of_row.data());
-      for (int64_t i = 0; i < count; ++i) {
-        int32_t& sum = of_row[size_t(i)];
-        sum = rhs_zero * (int32_t(g.depth) * (lhs_zero + 128) - sum);
+      copy_rows(g, from + row * g.lhs_row, count, copied, stride);
+      for (int64_t i = 0; i < count && rhs_zero != 0; ++i) {
+        const int32_t sum = sum_bytes(copied + i * stride, g.depth);
+        of_row[size_t(i)] = rhs_zero * (int32_t(g.depth) * (lhs_zero + 128) - sum);
       }
       multiply({packed, quads, panels}, own, copied, stride, row, count, 0, panels,
                rhs_zero == 0 ? nullptr : of_row.data());

@@ -73,7 +73,8 @@ struct Channels;
     static Float load_floats(const float* p) { return P##_loadu_ps(p); }                        \
     static Float mul(Float a, Float b) { return P##_mul_ps(a, b); }                             \
     static Float add(Float a, Float b) { return P##_add_ps(a, b); }                             \
-    static Float div(Float a, Float b) { return P##_div_ps(a, b); }                             \
+    static Float fma(Float a, Float b, Float c) { return P##_fmadd_ps(a, b, c); }               \
+    static Float fnma(Float a, Float b, Float c) { return P##_fnmadd_ps(a, b, c); }             \
     static Int max8(Int a, Int b) { return P##_max_epi8(a, b); }                                \
     static Int min8(Int a, Int b) { return P##_min_epi8(a, b); }                                \
   };
@@ -248,31 +249,38 @@ struct DepthwiseBlock {
 
   struct Codes {
     Int low, high, out_zero;
-    Float out_scale;
+    Float out_scale, inverse;
     explicit Codes(const Epilogue& e)
         : low(V::bytes(e.low_code)),
           high(V::bytes(e.high_code)),
           out_zero(V::shorts(e.out_zero)),
-          out_scale(V::floats(e.out_scale)) {}
+          out_scale(V::floats(e.out_scale)),
+          inverse(V::floats(1 / e.out_scale)) {}
+
+    // See `Divisor`.
+    Int steps(Float y) const {
+      const Float q = V::mul(y, inverse);
+      return V::to_int(V::fma(V::fnma(q, out_scale, y), inverse, q));
+    }
   };
 
-  // Sums to codes; see `finish_vector`.
+  // Sums to codes; see `finish_vectors`.
   void write(const Codes& k, const Int (&one)[4], const Int (&two)[4], int8_t* out,
              int8_t* next) const {
     Float y[4], z[4];
     for (int j = 0; j < 4; ++j) {
       const Float factor = V::load_floats(scale + j * kFloats);
       const Float added = V::load_floats(offset + j * kFloats);
-      y[j] = V::div(V::add(V::mul(V::to_float(one[j]), factor), added), k.out_scale);
-      z[j] = V::div(V::add(V::mul(V::to_float(two[j]), factor), added), k.out_scale);
+      y[j] = V::add(V::mul(V::to_float(one[j]), factor), added);
+      z[j] = V::add(V::mul(V::to_float(two[j]), factor), added);
     }
     store(next, packed(k, z));
     store(out, packed(k, y));
   }
 
   static Int packed(const Codes& k, const Float (&y)[4]) {
-    const Int first = V::pack32(V::to_int(y[0]), V::to_int(y[1]));
-    const Int last = V::pack32(V::to_int(y[2]), V::to_int(y[3]));
+    const Int first = V::pack32(k.steps(y[0]), k.steps(y[1]));
+    const Int last = V::pack32(k.steps(y[2]), k.steps(y[3]));
     const Int codes = V::pack16(V::add16(first, k.out_zero), V::add16(last, k.out_zero));
     return V::min8(V::max8(codes, k.low), k.high);
   }
@@ -298,7 +306,7 @@ struct DepthwiseBlock {
     const Window& g = part.g;
     const DepthwiseWeights& w = part.w;
     prepare();
-    const bool here = part.e.codes && part.e.in_int32 && part.e.kind == Residual::kNone &&
+    const bool here = part.e.codes && part.e.in_range && part.e.kind == Residual::kNone &&
                       !part.e.function.table;
     const int64_t taps = w.quads * g.kernel_width;
     const int64_t together = sharing_rows(g, w);

@@ -18,8 +18,8 @@ namespace jaxrmils {
 
 enum class Residual { kNone, kFloat, kCodes };
 
-// What is written: floats, codes of any values, codes of values that are `in_int32`.
-enum class Result { kFloat, kCodes, kCodesInInt32 };
+// What is written: floats, codes of any values, codes of values that are `in_range`.
+enum class Result { kFloat, kCodes, kCodesInRange };
 
 // f: coefficients of ascending powers, a row of 16 intervals each, and intervals per unit.
 struct Function {
@@ -52,7 +52,7 @@ struct Epilogue {
   float out_scale = 1;
   int32_t out_zero = 0;
   int8_t low_code = -128, high_code = 127;
-  bool in_int32 = false;  // whether y / out_scale is sure to be
+  bool in_range = false;  // whether `Divisor` may take y
   void* out = nullptr;
   int64_t channels = 0;
 
@@ -83,7 +83,8 @@ struct Epilogue {
     float largest;
     std::memcpy(&largest, &bits, sizeof(bits));
     if (kind == Residual::kCodes) largest += 255 * residual_scale;
-    in_int32 = kind != Residual::kFloat && largest / out_scale < 0x1p30f;
+    in_range = kind != Residual::kFloat && largest / out_scale < 0x1p30f &&
+               out_scale > 0x1p-60f && out_scale < 0x1p60f;
     // Quantization never decreases: a clamp of values is one of codes.
     low_code = quantized(low);
     high_code = quantized(high);
@@ -103,15 +104,37 @@ struct Epilogue {
 
 #ifdef JAXRMILS_VNNI
 
+// rint(y / s) in int32, in less than a third of a division's time: y times the reciprocal, corrected
+// once by what that leaves of y. It may differ from the rounded quotient in the last place, but
+// never across one of the halves up to 255.5, whatever the significand of s
+// (tests/lowering/exact_division.cc tries them all); beyond these every code is -128 or 127. For
+// |y / s| < 2^30 and s between 2^-60 and 2^60, where nothing overflows or underflows that matters.
+struct Divisor {
+  __m512 s, inverse;
+  explicit Divisor(float scale)
+      : s(_mm512_set1_ps(scale)), inverse(_mm512_set1_ps(1 / scale)) {}
+
+  template <int n>
+  [[gnu::always_inline]] void steps(const __m512 (&y)[n], __m512i (&to)[n]) const {
+    constexpr Numbers<n> every;
+    __m512 q[n], left[n];
+    each([&](auto i) JAXRMILS_INLINE { q[i] = _mm512_mul_ps(y[i], inverse); }, every);
+    each([&](auto i) JAXRMILS_INLINE { left[i] = _mm512_fnmadd_ps(q[i], s, y[i]); }, every);
+    each([&](auto i) JAXRMILS_INLINE { q[i] = _mm512_fmadd_ps(left[i], inverse, q[i]); }, every);
+    each([&](auto i) JAXRMILS_INLINE { to[i] = _mm512_cvtps_epi32(q[i]); }, every);
+  }
+};
+
 // The constants of an epilogue in vectors.
 struct EpilogueVectors {
-  __m512 low, high, out_scale, residual_scale;
+  Divisor divisor;
+  __m512 low, high, residual_scale;
   __m512i out_zero, residual_zero;
   __m128i low_code, high_code;
   explicit EpilogueVectors(const Epilogue& e)
-      : low(_mm512_set1_ps(e.low)),
+      : divisor(e.out_scale),
+        low(_mm512_set1_ps(e.low)),
         high(_mm512_set1_ps(e.high)),
-        out_scale(_mm512_set1_ps(e.out_scale)),
         residual_scale(_mm512_set1_ps(e.residual_scale)),
         out_zero(_mm512_set1_epi32(e.out_zero)),
         residual_zero(_mm512_set1_epi32(e.residual_zero)),
@@ -127,49 +150,106 @@ inline void store_codes(int8_t* to, __mmask16 some, __m128i codes) {
   }
 }
 
-inline __m512 apply(const Function& f, __m512 x) {
-  const __m512 t = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(f.per_unit));
-  const __mmask16 near = _mm512_cmp_ps_mask(t, _mm512_set1_ps(kLanes), _CMP_LT_OQ);
-  const __m512i interval = _mm512_cvttps_epi32(t);
-  const __m512 middle = _mm512_add_ps(_mm512_cvtepi32_ps(interval), _mm512_set1_ps(0.5f));
-  const __m512 u = _mm512_sub_ps(t, middle);
-  const float* row = f.table + (f.rows - 1) * kLanes;
-  __m512 h = _mm512_permutexvar_ps(interval, _mm512_loadu_ps(row));
-  for (int64_t j = f.rows - 1; j > 0; --j) {
-    row -= kLanes;
-    h = _mm512_fmadd_ps(h, u, _mm512_permutexvar_ps(interval, _mm512_loadu_ps(row)));
+inline void store_floats(float* to, __mmask16 some, __m512 y) {
+  if (some == 0xffff) {
+    _mm512_storeu_ps(to, y);
+  } else {
+    _mm512_mask_storeu_ps(to, some, y);
   }
-  const __m512 positive = _mm512_max_ps(_mm512_setzero_ps(), x);
-  return _mm512_mask_add_ps(positive, near, positive, h);
 }
 
-// Writes a vector of the result, whose first element is number `at`.
-template <Residual kind, Result result, bool kFunction>
-inline void finish_vector(const Epilogue& e, const EpilogueVectors& k, __m512i sum, __m512 scale,
-                          __m512 offset, int64_t at, __mmask16 some) {
-  __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), offset);
+constexpr int kTogether = 4;  // vectors that are finished step by step
+
+// f of n vectors, which share what is read of the table.
+template <int n>
+[[gnu::always_inline]] inline void apply(const Function& f, __m512 (&y)[n]) {
+  constexpr Numbers<n> every;
+  __m512 u[n], h[n];
+  __m512i interval[n];
+  __mmask16 near[n];
+  const __m512 per_unit = _mm512_set1_ps(f.per_unit);
+  each([&](auto i) JAXRMILS_INLINE {
+    u[i] = _mm512_mul_ps(_mm512_abs_ps(y[i]), per_unit);
+    near[i] = _mm512_cmp_ps_mask(u[i], _mm512_set1_ps(kLanes), _CMP_LT_OQ);
+    interval[i] = _mm512_cvttps_epi32(u[i]);
+  }, every);
+  each([&](auto i) JAXRMILS_INLINE {
+    const __m512 first = _mm512_cvtepi32_ps(interval[i]);
+    u[i] = _mm512_sub_ps(u[i], _mm512_add_ps(first, _mm512_set1_ps(0.5f)));
+  }, every);
+  const float* row = f.table + (f.rows - 1) * kLanes;
+  const __m512 highest = _mm512_loadu_ps(row);
+  each([&](auto i) JAXRMILS_INLINE {
+    h[i] = _mm512_permutexvar_ps(interval[i], highest);
+  }, every);
+  for (int64_t j = f.rows - 1; j > 0; --j) {
+    row -= kLanes;
+    const __m512 power = _mm512_loadu_ps(row);
+    each([&](auto i) JAXRMILS_INLINE {
+      h[i] = _mm512_fmadd_ps(h[i], u[i], _mm512_permutexvar_ps(interval[i], power));
+    }, every);
+  }
+  each([&](auto i) JAXRMILS_INLINE {
+    const __m512 positive = _mm512_max_ps(_mm512_setzero_ps(), y[i]);
+    y[i] = _mm512_mask_add_ps(positive, near[i], positive, h[i]);
+  }, every);
+}
+
+// Writes n vectors of the result, a row apart, the first from element `at` on. They are finished
+// step by step: one after the other, their operations would wait for each other where the
+// processor can look at a few only.
+template <Residual kind, Result result, bool kFunction, int n>
+[[gnu::always_inline]] inline void finish_vectors(const Epilogue& e, const EpilogueVectors& k,
+                                                  const __m512i (&sum)[n], __m512 scale,
+                                                  __m512 offset, int64_t at, __mmask16 some) {
+  constexpr Numbers<n> every;
+  const int64_t pitch = e.channels;
+  __m512 y[n];
+  each([&](auto i) JAXRMILS_INLINE { y[i] = _mm512_cvtepi32_ps(sum[i]); }, every);
+  each([&](auto i) JAXRMILS_INLINE { y[i] = _mm512_mul_ps(y[i], scale); }, every);
+  each([&](auto i) JAXRMILS_INLINE { y[i] = _mm512_add_ps(y[i], offset); }, every);
   if constexpr (kind == Residual::kFloat) {
     const float* residual = static_cast<const float*>(e.residual) + at;
-    y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(some, residual));
+    each([&](auto i) JAXRMILS_INLINE {
+      y[i] = _mm512_add_ps(y[i], _mm512_maskz_loadu_ps(some, residual + i * pitch));
+    }, every);
   } else if constexpr (kind == Residual::kCodes) {
     const int8_t* residual = static_cast<const int8_t*>(e.residual) + at;
-    const __m512i code = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, residual));
-    const __m512 steps = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, k.residual_zero));
-    y = _mm512_add_ps(y, _mm512_mul_ps(k.residual_scale, steps));
+    each([&](auto i) JAXRMILS_INLINE {
+      const __m128i bytes = _mm_maskz_loadu_epi8(some, residual + i * pitch);
+      const __m512i distance = _mm512_sub_epi32(_mm512_cvtepi8_epi32(bytes), k.residual_zero);
+      y[i] = _mm512_add_ps(y[i], _mm512_mul_ps(k.residual_scale, _mm512_cvtepi32_ps(distance)));
+    }, every);
   }
-  if constexpr (kFunction) y = apply(e.function, y);
-  if constexpr (result != Result::kCodesInInt32) {
-    y = _mm512_min_ps(_mm512_max_ps(y, k.low), k.high);
+  if constexpr (kFunction) apply(e.function, y);
+  if constexpr (result != Result::kCodesInRange) {
+    each([&](auto i) JAXRMILS_INLINE {
+      y[i] = _mm512_min_ps(_mm512_max_ps(y[i], k.low), k.high);
+    }, every);
   }
   if constexpr (result == Result::kFloat) {
-    _mm512_mask_storeu_ps(static_cast<float*>(e.out) + at, some, y);
+    float* out = static_cast<float*>(e.out) + at;
+    each([&](auto i) JAXRMILS_INLINE {
+      store_floats(out + i * pitch, some, y[i]);
+    }, every);
   } else {
-    const __m512i steps = _mm512_cvtps_epi32(_mm512_div_ps(y, k.out_scale));
-    __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_add_epi32(steps, k.out_zero));
-    if constexpr (result == Result::kCodesInInt32) {
-      bytes = _mm_min_epi8(_mm_max_epi8(bytes, k.low_code), k.high_code);
+    __m512i steps[n];
+    if constexpr (result == Result::kCodesInRange) {
+      k.divisor.steps(y, steps);
+    } else {
+      each([&](auto i) JAXRMILS_INLINE {
+        steps[i] = _mm512_cvtps_epi32(_mm512_div_ps(y[i], k.divisor.s));
+      }, every);
     }
-    store_codes(static_cast<int8_t*>(e.out) + at, some, bytes);
+    __m128i codes[n];
+    each([&](auto i) JAXRMILS_INLINE {
+      codes[i] = _mm512_cvtsepi32_epi8(_mm512_add_epi32(steps[i], k.out_zero));
+      if constexpr (result == Result::kCodesInRange) {
+        codes[i] = _mm_min_epi8(_mm_max_epi8(codes[i], k.low_code), k.high_code);
+      }
+    }, every);
+    int8_t* out = static_cast<int8_t*>(e.out) + at;
+    each([&](auto i) JAXRMILS_INLINE { store_codes(out + i * pitch, some, codes[i]); }, every);
   }
 }
 
@@ -185,11 +265,20 @@ void finish_rows(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_t 
     const __mmask16 some = existing(channel + count - o);
     const __m512 scale = _mm512_loadu_ps(&e.scale[size_t(o)]);
     const __m512 offset = _mm512_loadu_ps(&e.offset[size_t(o)]);
-    int64_t at = row * e.channels + o;
-    for (int64_t i = 0; i < rows; ++i, at += e.channels) {
-      const __m512i sum = _mm512_loadu_si512(sums + i * pitch);
-      finish_vector<kind, result, kFunction>(e, k, sum, scale, offset, at, some);
+    const int64_t first = row * e.channels + o;
+    const auto group = [&](auto n, int64_t i) JAXRMILS_INLINE {
+      __m512i sum[n];
+      each([&](auto r) JAXRMILS_INLINE {
+        sum[r] = _mm512_loadu_si512(sums + (i + r) * pitch);
+      }, Numbers<n>());
+      finish_vectors<kind, result, kFunction>(e, k, sum, scale, offset, first + i * e.channels,
+                                              some);
+    };
+    int64_t i = 0;
+    for (; i + kTogether <= rows; i += kTogether) {
+      group(std::integral_constant<int, kTogether>(), i);
     }
+    for (; i < rows; ++i) group(std::integral_constant<int, 1>(), i);
   }
 }
 
@@ -234,18 +323,18 @@ inline void finish(const Epilogue& e, const int32_t* sums, int64_t pitch, int64_
   using R = Result;
   static constexpr Finish choices[2][3][3] = {
       {{finish_rows<K::kNone, R::kFloat, false>, finish_rows<K::kNone, R::kCodes, false>,
-        finish_rows<K::kNone, R::kCodesInInt32, false>},
+        finish_rows<K::kNone, R::kCodesInRange, false>},
        {finish_rows<K::kFloat, R::kFloat, false>, finish_rows<K::kFloat, R::kCodes, false>,
-        finish_rows<K::kFloat, R::kCodesInInt32, false>},
+        finish_rows<K::kFloat, R::kCodesInRange, false>},
        {finish_rows<K::kCodes, R::kFloat, false>, finish_rows<K::kCodes, R::kCodes, false>,
-        finish_rows<K::kCodes, R::kCodesInInt32, false>}},
+        finish_rows<K::kCodes, R::kCodesInRange, false>}},
       {{finish_rows<K::kNone, R::kFloat, true>, finish_rows<K::kNone, R::kCodes, true>,
-        finish_rows<K::kNone, R::kCodesInInt32, true>},
+        finish_rows<K::kNone, R::kCodesInRange, true>},
        {finish_rows<K::kFloat, R::kFloat, true>, finish_rows<K::kFloat, R::kCodes, true>,
-        finish_rows<K::kFloat, R::kCodesInInt32, true>},
+        finish_rows<K::kFloat, R::kCodesInRange, true>},
        {finish_rows<K::kCodes, R::kFloat, true>, finish_rows<K::kCodes, R::kCodes, true>,
-        finish_rows<K::kCodes, R::kCodesInInt32, true>}}};
-  const R result = !e.codes ? R::kFloat : e.in_int32 ? R::kCodesInInt32 : R::kCodes;
+        finish_rows<K::kCodes, R::kCodesInRange, true>}}};
+  const R result = !e.codes ? R::kFloat : e.in_range ? R::kCodesInRange : R::kCodes;
   const bool function = e.function.table != nullptr;
   choices[function][int(e.kind)][int(result)](e, sums, pitch, rows, row, channel, count);
 }

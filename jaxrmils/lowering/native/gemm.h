@@ -32,16 +32,6 @@ enum class Here { kSums, kCodes, kCodesWithResidual };
 // to the sums of every row.
 #ifdef JAXRMILS_VNNI
 
-// Calls f(0), ..., f(n - 1) with numbers that the compiler knows, so that arrays indexed by them
-// stay in registers.
-template <class F, int... i>
-[[gnu::always_inline]] inline void each(F f, std::integer_sequence<int, i...>) {
-  (f(std::integral_constant<int, i>()), ...);
-}
-template <int n>
-using Numbers = std::make_integer_sequence<int, n>;
-#define JAXRMILS_INLINE __attribute__((always_inline))
-
 // _mm512_dpbusd_epi32, of which compilers copy the sums back and forth.
 [[gnu::always_inline]] inline void add_products(__m512i& sums, __m512i x, __m512i w) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
@@ -71,8 +61,10 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
   each([&](auto j) JAXRMILS_INLINE { at[j] = rows + 3 * j * stride; }, every_pointer);
   for (int64_t q = 0; q < quads; ++q, weights += 64) {
     __m512i w[kPanels];
-    each([&](auto v) JAXRMILS_INLINE { w[v] = _mm512_loadu_si512(weights + v * panel); },
-         every_panel);
+    each([&](auto v) JAXRMILS_INLINE {
+      w[v] = _mm512_loadu_si512(weights + v * panel);
+      _mm_prefetch(reinterpret_cast<const char*>(weights + (kPanels + v) * panel), _MM_HINT_T1);
+    }, every_panel);
     each([&](auto i) JAXRMILS_INLINE {
       int32_t four;
       std::memcpy(&four, at[i / 3] + (i % 3) * stride, 4);
@@ -84,49 +76,22 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
     each([&](auto j) JAXRMILS_INLINE { at[j] += 4; }, every_pointer);
   }
   if constexpr (kHere != Here::kSums) {
-    const __m512 out_scale = _mm512_set1_ps(e.out_scale);
-    const __m512i out_zero = _mm512_set1_epi32(e.out_zero);
-    const __m128i low = _mm_set1_epi8(e.low_code), high = _mm_set1_epi8(e.high_code);
-    const __m512 residual_scale = _mm512_set1_ps(e.residual_scale);
-    const __m512i residual_zero = _mm512_set1_epi32(e.residual_zero);
+    constexpr Residual kind =
+        kHere == Here::kCodesWithResidual ? Residual::kCodes : Residual::kNone;
+    const EpilogueVectors k(e);
     each([&](auto v) JAXRMILS_INLINE {
-      const int64_t o = channel + v * kLanes;
+      const int64_t o = channel + v * kLanes, at = row * e.channels + o;
       const __mmask16 some = existing(channels - v * kLanes);
       const __m512 scale = _mm512_loadu_ps(&e.scale[size_t(o)]);
       const __m512 offset = _mm512_loadu_ps(&e.offset[size_t(o)]);
-      const int64_t first = row * e.channels + o;
-      int8_t* to = static_cast<int8_t*>(e.out) + first;
-      [[maybe_unused]] const int8_t* residual = static_cast<const int8_t*>(e.residual);
-      if constexpr (kHere == Here::kCodesWithResidual) residual += first;
-      // Four vectors step by step: one after the other, their operations would wait for each
-      // other where the processor can look at a few only.
       each([&](auto group) JAXRMILS_INLINE {
-        constexpr int i = 4 * group, n = kRows - i < 4 ? kRows - i : 4;
-        constexpr Numbers<n> in_group;
-        __m512 y[n];
-        __m512i steps[n];
-        __m128i codes[n];
-        each([&](auto r) JAXRMILS_INLINE { y[r] = _mm512_cvtepi32_ps(acc[i + r][v]); }, in_group);
-        each([&](auto r) JAXRMILS_INLINE { y[r] = _mm512_mul_ps(y[r], scale); }, in_group);
-        each([&](auto r) JAXRMILS_INLINE { y[r] = _mm512_add_ps(y[r], offset); }, in_group);
-        if constexpr (kHere == Here::kCodesWithResidual) {
-          each([&](auto r) JAXRMILS_INLINE {
-            const __m512i code = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, residual));
-            const __m512 distance = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, residual_zero));
-            y[r] = _mm512_add_ps(y[r], _mm512_mul_ps(residual_scale, distance));
-            residual += e.channels;
-          }, in_group);
-        }
-        each([&](auto r) JAXRMILS_INLINE { y[r] = _mm512_div_ps(y[r], out_scale); }, in_group);
-        each([&](auto r) JAXRMILS_INLINE { steps[r] = _mm512_cvtps_epi32(y[r]); }, in_group);
-        each([&](auto r) JAXRMILS_INLINE {
-          codes[r] = _mm512_cvtsepi32_epi8(_mm512_add_epi32(steps[r], out_zero));
-        }, in_group);
-        each([&](auto r) JAXRMILS_INLINE {
-          store_codes(to, some, _mm_min_epi8(_mm_max_epi8(codes[r], low), high));
-          to += e.channels;
-        }, in_group);
-      }, Numbers<(kRows + 3) / 4>());
+        constexpr int i = kTogether * group;
+        constexpr int n = kRows - i < kTogether ? kRows - i : kTogether;
+        __m512i sum[n];
+        each([&](auto r) JAXRMILS_INLINE { sum[r] = acc[i + r][v]; }, Numbers<n>());
+        finish_vectors<kind, Result::kCodesInRange, false>(e, k, sum, scale, offset,
+                                                           at + i * e.channels, some);
+      }, Numbers<(kRows + kTogether - 1) / kTogether>());
     }, every_panel);
   } else {
     each([&](auto i) JAXRMILS_INLINE {
@@ -198,7 +163,7 @@ inline Tile choose([[maybe_unused]] Here here, int64_t rows, int64_t panels) {
 // Whether tiles finish their results themselves.
 inline Here where([[maybe_unused]] const Epilogue& e, [[maybe_unused]] int64_t quads) {
 #ifdef JAXRMILS_VNNI
-  if (e.codes && e.in_int32 && !e.function.table && quads <= kHereQuads) {
+  if (e.codes && e.in_range && !e.function.table && quads <= kHereQuads) {
     if (e.kind == Residual::kNone) return Here::kCodes;
     if (e.kind == Residual::kCodes) return Here::kCodesWithResidual;
   }
@@ -266,7 +231,7 @@ void product(Pool& pool, const Weights& w, const Epilogue& e, int64_t rows, Copy
   int64_t chunks = ceil_div(rows, chunk), groups = 1;
   if (threads > 1) {
     // A few tasks for every thread, by rows while chunks stay long and then by channels.
-    const int64_t wanted = 3 * threads;
+    const int64_t wanted = 4 * threads;
     if (chunks < wanted) {
       const int64_t shortest = std::min<int64_t>(chunk, 8 * kMaxRows);
       chunks = std::min(wanted, ceil_div(rows, shortest));
@@ -275,6 +240,8 @@ void product(Pool& pool, const Weights& w, const Epilogue& e, int64_t rows, Copy
       groups = std::min(ceil_div(wanted, chunks), ceil_div(w.panels, 4));
     }
   }
+  // Every thread gets as many.
+  if (groups == 1) chunks = std::min(round_up(chunks, threads), rows);
   chunk = ceil_div(rows, chunks);
   chunks = ceil_div(rows, chunk);
   // Groups of an even number of panels, which tiles take by two; rather more groups than larger.

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
     !defined(JAXRMILS_PORTABLE)
@@ -21,6 +22,20 @@
 namespace jaxrmils {
 
 constexpr int kLanes = 16;  // int32 in a vector: the output channels of a panel of weights
+
+#ifdef JAXRMILS_VNNI
+
+// Calls f(0), ..., f(n - 1) with numbers that the compiler knows, so that arrays indexed by them
+// stay in registers.
+template <class F, int... i>
+[[gnu::always_inline]] inline void each(F f, std::integer_sequence<int, i...>) {
+  (f(std::integral_constant<int, i>()), ...);
+}
+template <int n>
+using Numbers = std::make_integer_sequence<int, n>;
+#define JAXRMILS_INLINE __attribute__((always_inline))
+
+#endif
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
