@@ -53,8 +53,9 @@ _NOTES = """\
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Compiles a plan for a device that is not here, beside the float model and uniform plans, and
     reads what its compiler made of it: the operand types and kernels of every dot and convolution,
-    memory, and for a TPU estimated cycles (the compiler's estimates, not measurements). Exits with
-    3 if a planned site does not multiply integers there.
+    the bytes that every site reads and writes, memory, and for a TPU estimated cycles (the
+    compiler's estimates, not measurements). Exits with 3 if a planned site does not multiply
+    integers there.
 
       jaxrmils aot runs/mnist --target tpu:v5e
       jaxrmils aot --config configs/mnist_cnn.py --plan runs/mnist/plan.json --target tpu:v6e
@@ -76,6 +77,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="tpu:v5e",
         help=f"one of {', '.join(targets())} (default: %(default)s)",
     )
+    parser.add_argument("--artifact", metavar="RUN", help="another way to name RUN")
     parser.add_argument("--config", help="a Python file with get_config(), in place of RUN's")
     parser.add_argument(
         "--plan", help="a plan.json in place of RUN's, or a format such as int8 for all layers"
@@ -103,6 +105,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def aot(args: argparse.Namespace) -> Outcome:
     """Compiles or lowers a plan for a target."""
+    args.run_folder = _run_folder(args)
     target, beside = _checked(args)
     console = wide_console(sys.stderr if args.json else sys.stdout)
     with without_devices():
@@ -139,6 +142,12 @@ def aot(args: argparse.Namespace) -> Outcome:
     if args.latency:
         data["latency"] = _write_latency(args, comparison, graph, plan, console)
     return Outcome(data)
+
+
+def _run_folder(args: argparse.Namespace) -> str | None:
+    if args.artifact and args.run_folder:
+        raise ConfigError(f"--artifact {args.artifact} and RUN {args.run_folder}: give one of them")
+    return args.run_folder or args.artifact
 
 
 def _formats_of(plan: Plan) -> list[str]:
@@ -250,6 +259,7 @@ def _print(comparison: Comparison, graph: Graph, plan: Plan, console: Console) -
     else:
         console.print(_cycles_table(comparison, names, graph, plan))
         console.print(Text(_NOTES))
+    console.print(_bytes_table(comparison, names, graph, plan))
     console.print(_programs_table(comparison, names))
     for name, reason in comparison.refused.items():
         console.print(Text(f"Note       {name} could not be compiled: {reason}"))
@@ -278,6 +288,20 @@ def _cycles_table(comparison: Comparison, names: list[str], graph: Graph, plan: 
             _operands(comparison.plan.sites.get(site.name)),
             *map(_cycles, costs),
         )
+    return table
+
+
+def _bytes_table(comparison: Comparison, names: list[str], graph: Graph, plan: Plan) -> Table:
+    title = "Bytes that a site's instructions read and write"
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    table.add_column("site", overflow="fold")
+    table.add_column("format", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for site in graph.sites:
+        costs = [comparison.programs[name].sites.get(site.name) for name in names]
+        sizes = [_size(cost and cost.bytes) for cost in costs]
+        table.add_row(Text(site.name), plan.layers[site.layer].format, *sizes)
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")  # a type's letters, its bits, sizes of dims
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,7 @@ class Instruction:
       name: unique within its computation.
       computation: where it stands.
       dtype: of its result, as HLO names it ("s8", "f32"); "(" and more for a tuple.
+      size: bytes of its result, of a tuple's elements together; without what layouts pad.
       opcode: "dot", "fusion", "parameter", ...
       target: the library function that a custom call calls, else "".
       operands: names of instructions in the same computation.
@@ -40,6 +43,7 @@ class Instruction:
     name: str
     computation: str
     dtype: str
+    size: int
     opcode: str
     target: str
     operands: tuple[str, ...]
@@ -198,6 +202,7 @@ def _instruction(match: re.Match[str], computation: str) -> Instruction:
         name=name,
         computation=computation,
         dtype=shape.split("[")[0],
+        size=_size(shape),
         opcode=opcode,
         target=target[1] if target else "",
         operands=tuple(_REFERENCE.findall(arguments)),
@@ -208,6 +213,14 @@ def _instruction(match: re.Match[str], computation: str) -> Instruction:
         cycles=int(cycles[1]) if cycles else 0,
         is_root=root is not None,
     )
+
+
+def _size(shape: str) -> int:
+    bits = 0
+    for _, width, dims in _ARRAY.findall(shape):
+        elements = math.prod(int(dim) for dim in dims.split(",") if dim)
+        bits += elements * int(width or 8)  # pred has no number
+    return -(-bits // 8)
 
 
 def _split(rest: str) -> tuple[str, str]:

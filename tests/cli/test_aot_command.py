@@ -64,9 +64,16 @@ def test_a_run_is_compiled_where_its_compiler_is_installed(run, capsys):
         assert sites["Dense_0/kernel"]["operands"] == "s8 x s8"
         assert not sites["Dense_1/kernel"]["is_integer"]
         assert data["programs"]["bfloat16"]["cycles"] > 0
-        assert main(["aot", str(run), "--beside", "bfloat16"]) == OK
+        assert all(site["bytes"] > 0 for site in sites.values())
+        assert main(["aot", "--artifact", str(run), "--beside", "bfloat16"]) == OK
         printed = capsys.readouterr().out
-        for words in ("whole program", "s8 x s8", "share of bfloat16", "estimates, not measure"):
+        for words in (
+            "read and write",
+            "whole program",
+            "s8 x s8",
+            "share of bfloat16",
+            "estimates, not measure",
+        ):
             assert words in printed
     else:
         assert [site["name"] for site in data["sites"]] == ["Dense_0/kernel", "Dense_1/kernel"]
@@ -110,6 +117,7 @@ def test_a_planned_site_in_float_is_an_error_that_names_it(config, capsys, monke
         (["--target", "tpu:v9"], USAGE, "Known targets: tpu:v4, tpu:v5e"),
         (["--batch-size", "0"], USAGE, "--batch-size is 0"),
         (["--target", "cuda", "--latency", "x"], USAGE, "expected one of tpu:v4, tpu:v5e"),
+        (["--artifact", "other"], USAGE, "--artifact other and RUN"),
         (["--beside", "int3"], USAGE, "unknown format 'int3'"),
         (["--plan", "nowhere.json"], BAD_INPUT, "nowhere.json does not exist"),
         (["--bach-size", "4"], USAGE, "did you mean --batch-size"),

@@ -179,6 +179,8 @@ def test_estimates_are_summed_over_loops_and_found_through_fusions():
         5 * 4,
     )
     assert a.shares == ("b",) and not c.shares
+    codes, both = 64 + 16, 16 + 8 + 64  # f32[4,4] to s8; s8, s4 to f32
+    assert (a.bytes, b.bytes, c.bytes) == (codes + both, both, 5 * 4 * 64)
     assert (cost.cycles, cost.unknown_loops) == (7 + 100 + 5 * 34 + 2000, 0)
     endless = text_cost(PROGRAM.replace("constant(5)", "parameter(1)"))
     assert (endless.cycles, endless.unknown_loops) == (7 + 100 + 34 + 2000, 1)

@@ -17,6 +17,11 @@ from jaxrmils.lowering.hlo import CODES, PRODUCTS, integer_sites, scoped_site, s
 from jaxrmils.lowering.hlo_text import Instruction, Text, parse
 
 _CALLS = ("call", "async-start")
+# What moves no bytes of its own: others do, or nobody.
+_STILL = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
+    *("while", "conditional", "call"),
+)
 # Library functions that multiply matrices, in programs for CUDA.
 _LIBRARIES = ("__cudnn$conv", "__cublas$")
 
@@ -40,6 +45,8 @@ class SiteCost:
       shares: other sites whose operation is in the same instruction, which counts for each.
       divided: `cycles` with each instruction's divided evenly among the sites whose operations it
         holds, so that sites can be summed.
+      bytes: what the instructions behind `cycles` and `overhead` read and write, loops included, in
+        whichever memory it lies; without what layouts pad.
     """
 
     operands: tuple[Operands, ...]
@@ -49,6 +56,7 @@ class SiteCost:
     overhead: int | None
     shares: tuple[str, ...] = ()
     divided: float | None = None
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,8 +129,8 @@ def text_cost(
     ...   ROOT %c = s32[2,4]{1,0} convolution(%a, %b), metadata={op_name="f/jaxrmils[w]/dot"}, \
 backend_config={"window_config":{"estimated_cycles":"70"}}
     ... }''')
-    >>> cost.sites["w"].operands, cost.sites["w"].cycles, cost.cycles
-    ((('s8', 's8'),), 70, 70)
+    >>> cost.sites["w"].operands, cost.sites["w"].cycles, cost.cycles, cost.sites["w"].bytes
+    ((('s8', 's8'),), 70, 70, 50)
     """
     text = parse(compiled_text)
     schedule = _schedule(text)
@@ -145,11 +153,16 @@ backend_config={"window_config":{"estimated_cycles":"70"}}
     def spent(holder: Instruction) -> int:
         return holder.cycles * runs[holder.computation]
 
+    def moved(instruction: Instruction) -> int:
+        return _moved(text, instruction) * runs[instruction.computation]
+
     overhead: dict[str, int] = {}
+    beside: dict[str, int] = {}  # bytes of the same
     for instruction in text.instructions.values():
         site = scoped_site(instruction)
         if site and instruction.computation in runs and instruction not in held:
             overhead[site] = overhead.get(site, 0) + spent(instruction)
+            beside[site] = beside.get(site, 0) + moved(instruction)
     names = [name for name in dict.fromkeys([*products, *overhead, *integer]) if name]
     sites = {
         name: SiteCost(
@@ -164,11 +177,21 @@ backend_config={"window_config":{"estimated_cycles":"70"}}
             divided=sum(spent(h) / held[h] for h in holders.get(name, ()))
             if schedule.cycles
             else None,
+            bytes=beside.get(name, 0) + sum(moved(h) for h in holders.get(name, ())),
         )
         for name in names
     }
     cycles = schedule.cycles or None
     return ProgramCost(sites, cycles, schedule.unknown_loops, memory, bytes_accessed)
+
+
+def _moved(text: Text, instruction: Instruction) -> int:
+    """Bytes that an instruction reads and writes in one run."""
+    if instruction.opcode in _STILL or instruction.opcode.endswith("-done"):
+        return 0
+    read = sum(each.size for each in text.operands(instruction))
+    # What starts a copy has its source among its results.
+    return 2 * read if instruction.opcode.endswith("-start") else read + instruction.size
 
 
 def _is_product(instruction: Instruction) -> bool:
