@@ -104,8 +104,8 @@ struct Epilogue {
 
 #ifdef JAXRMILS_VNNI
 
-// rint(y / s) in int32, in less than a third of a division's time: y times the reciprocal, corrected
-// once by what that leaves of y. It may differ from the rounded quotient in the last place, but
+// rint(y / s) in int32 without a division: y times the reciprocal, corrected once by what that
+// leaves of y. It may differ from the rounded quotient in the last place, but
 // never across one of the halves up to 255.5, whatever the significand of s
 // (tests/lowering/exact_division.cc tries them all); beyond these every code is -128 or 127. For
 // |y / s| < 2^30 and s between 2^-60 and 2^60, where nothing overflows or underflows that matters.

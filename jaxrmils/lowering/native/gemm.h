@@ -61,6 +61,7 @@ void tile(const uint8_t* rows, int64_t stride, const int8_t* weights, int64_t pa
   each([&](auto j) JAXRMILS_INLINE { at[j] = rows + 3 * j * stride; }, every_pointer);
   for (int64_t q = 0; q < quads; ++q, weights += 64) {
     __m512i w[kPanels];
+    // The panels that come after these are asked for; behind the last one that does nothing.
     each([&](auto v) JAXRMILS_INLINE {
       w[v] = _mm512_loadu_si512(weights + v * panel);
       _mm_prefetch(reinterpret_cast<const char*>(weights + (kPanels + v) * panel), _MM_HINT_T1);
