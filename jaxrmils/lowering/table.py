@@ -334,7 +334,8 @@ _FUSED: tuple[tuple[Operation, str, str], ...] = (
     (
         "dot",
         "1.2 to 1.3 times XLA's int8",
-        "sums are finished in registers and written once, as codes; 94 % of the peak at 128 rows, 81 % at 4",
+        "sums are finished in registers and written once, as codes; 94 % of the peak at 128 rows, "
+        "81 % at 4",
     ),
     ("one row", "4.7 to 9.5 times XLA's int8", "bound by reading the weights, which are packed"),
     ("one column", "not measured", "as any dot"),
