@@ -11,6 +11,12 @@ PYTHON ?=
 JOBS ?= 2
 CANDIDATES := python3.13 python3.12 python3.11 python3
 
+# In a folder of its own: with libtpu among its packages jax would look for a TPU in every process.
+# One process at a time may load it, so its tests do not run side by side.
+TPU := $(VENV)/tpu
+TPU_TESTS := tests/lowering/test_tpu_compiler.py tests/lowering/test_billion_decoder.py \
+  tests/cli/test_aot_command.py
+
 # Run, not looked up: a version manager's shim may be on PATH and still fail to start.
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])
@@ -24,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint clean check-venv
+.PHONY: help demo test tpu lint clean check-venv
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +40,9 @@ demo: $(VENV)/.installed-demo ## Train a small model, quantize it, report
 
 test: $(VENV)/.installed-test ## Run the tests and the docstring examples
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+tpu: $(VENV)/.installed-test $(TPU)/.installed ## Run the tests that need a TPU's compiler, but no TPU
+	@PYTHONPATH=$(TPU) $(BIN)/python -m pytest $(TPU_TESTS) $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and types
 	@$(BIN)/ruff check .
@@ -48,6 +57,11 @@ $(VENV)/.installed-%: pyproject.toml | check-venv $(BIN)/python
 	@echo "Installing jaxrmils[$*] into $(VENV); the first time takes a minute or more ..."
 	@$(BIN)/python -m pip install -q -e '.[$*]'
 	@touch $(foreach extra,$(CONTAINS_$*),$(VENV)/.installed-$(extra))
+
+$(TPU)/.installed: | check-venv $(BIN)/python
+	@echo "Installing libtpu into $(TPU) (half a gigabyte) ..."
+	@$(BIN)/python -m pip install -q --no-deps --upgrade --target $(TPU) libtpu
+	@touch $@
 
 $(BIN)/python:
 	@found=""; for candidate in $(or $(PYTHON),$(CANDIDATES)); do \

@@ -18,7 +18,7 @@ from jaxrmils.evaluation.measure import code_agreement, measure, measure_layers
 from jaxrmils.evaluation.metrics import Metrics, metric_changes
 from jaxrmils.evaluation.simulate import EvaluationError, Measured, SimulatedModel
 from jaxrmils.graph import Coverage, Graph, tabulate
-from jaxrmils.lowering import EXACT_FLOAT, QuantizedModel, compiled_integer_sites
+from jaxrmils.lowering import EXACT_FLOAT, WIDENED, QuantizedModel, compiled_integer_sites
 from jaxrmils.lowering.table import remarks
 from jaxrmils.numerics.calibration import Ranges
 from jaxrmils.numerics.placement import PlacementError, with_params
@@ -338,6 +338,7 @@ def _report(
     found = compiled_integer_sites(model, inputs)
     in_float = [site for site in agreement if site not in found]
     exact = [site for site in agreement if found.get(site) == {EXACT_FLOAT}]
+    wide = [site for site in agreement if found.get(site, set()) & {*WIDENED.values()}]
     shares = simulated.shares
     return Report(
         layers=_layers(model, simulated, groups),
@@ -360,7 +361,7 @@ def _report(
         planned_sites=len(agreement),
         integer_sites=len(agreement) - len(in_float) - len(exact),
         controls=simulated.controls,
-        notes=(*_notes(model, in_float, exact), *explanations(simulated.controls)),
+        notes=(*_notes(model, in_float, exact, wide), *explanations(simulated.controls)),
     )
 
 
@@ -437,7 +438,9 @@ def _first(sites: Sequence[str], count: int = 5) -> str:
     return ", ".join(sites[:count]) + more
 
 
-def _notes(model: QuantizedModel, in_float: Sequence[str], exact: Sequence[str]) -> tuple[str, ...]:
+def _notes(
+    model: QuantizedModel, in_float: Sequence[str], exact: Sequence[str], wide: Sequence[str]
+) -> tuple[str, ...]:
     notes = []
     if in_float:
         notes.append(
@@ -446,6 +449,11 @@ def _notes(model: QuantizedModel, in_float: Sequence[str], exact: Sequence[str])
     if exact:
         notes.append(
             f"codes are multiplied in float32, exactly and faster there, at {_first(exact)}"
+        )
+    if wide:
+        notes.append(
+            "codes are widened to int32 before they are multiplied, since no int8 kernel takes the "
+            f"shape, at {_first(wide)}"
         )
     formats = {layer.format for layer in model.plan.layers.values()}
     return (*notes, *remarks(model.backend, formats))

@@ -1,6 +1,7 @@
 """Stage 5: from a plan to a model that runs in integers."""
 
 from jaxrmils.lowering.hlo import EXACT_FLOAT as EXACT_FLOAT
+from jaxrmils.lowering.hlo import WIDENED as WIDENED
 from jaxrmils.lowering.hlo import assert_integer as assert_integer
 from jaxrmils.lowering.hlo import check_integer_sites as check_integer_sites
 from jaxrmils.lowering.hlo import compiled_integer_sites as compiled_integer_sites

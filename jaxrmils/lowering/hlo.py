@@ -29,6 +29,8 @@ CODES = ("s8", "u8", "s4", "u4")
 PRODUCTS = ("dot", "convolution")
 EXACT_FLOAT = "float32 dot of codes"
 """An operation of codes less their zero points in float32, whose sums are exact."""
+WIDENED = {kind: f"int32 {kind} of codes" for kind in PRODUCTS}
+"""Operations of codes that were widened to int32, which no int8 kernel takes."""
 # What keeps codes codes: moves, widening and the shifts that unpack int4.
 _SHAPES = ("bitcast", "broadcast", "concatenate", "pad", "reshape", "reverse", "transpose")
 _PICKS = ("dynamic-slice", "gather", "select", "slice")
@@ -42,9 +44,10 @@ def integer_sites(compiled_text: str) -> dict[str, set[str]]:
     """The integer operations of every site in a compiled program.
 
     An operation counts if its result is int32 and both operands are integer codes, or int32 that
-    was widened from them: "dot", "convolution", or "multiply" (a tap of a depthwise convolution, or
-    what XLA makes of a dot that sums one product). A site's float32 dot of two operands that
-    are codes, converted and less a zero point, is `EXACT_FLOAT`.
+    was widened from them: "dot" or "convolution" of codes, those of `WIDENED` where an operand is
+    int32, or "multiply" (a tap of a depthwise convolution, or what XLA makes of a dot that sums one
+    product). A site's float32 dot of two operands that are codes, converted and less a zero point,
+    is `EXACT_FLOAT`.
 
     Args:
       compiled_text: `jax.jit(...).lower(...).compile().as_text()`.
@@ -67,7 +70,10 @@ def integer_sites(compiled_text: str) -> dict[str, set[str]]:
         if instruction.dtype == "s32" and instruction.opcode in (*PRODUCTS, "multiply"):
             operands = list(text.operands(instruction))
             if len(operands) == 2 and all(_is_code(text, each, set()) for each in operands):
-                found.setdefault(site_of(text, instruction), set()).add(instruction.opcode)
+                is_wide = any(each.dtype not in CODES for each in operands)
+                kind = WIDENED.get(instruction.opcode) if is_wide else None
+                kinds = found.setdefault(site_of(text, instruction), set())
+                kinds.add(kind or instruction.opcode)
         if instruction.dtype == "f32" and instruction.opcode == "dot":
             operands = list(text.operands(instruction))
             site = site_of(text, instruction)
@@ -116,7 +122,7 @@ def assert_integer(model: QuantizedModel, inputs: Any) -> None:
     """Raises LoweringError unless every planned site is compiled to integer operations.
 
     Stricter than `check_integer_sites`: codes that are multiplied in float32, however exactly, are
-    no integer operation.
+    no integer operation. Those that are widened to int32 are one (`WIDENED`).
     """
     found = check_integer_sites(model, inputs)
     exact = [site for site, kinds in found.items() if kinds == {EXACT_FLOAT}]

@@ -39,7 +39,7 @@ class Kernel(Protocol):
         sums: Any,
     ) -> Any:
         """In the operation's output layout, zero points subtracted: int32, or for a convolution
-        on CUDA float32, which is exact below 2^24.
+        on CUDA float32, which is exact below 2^24 (`conv_int32` bounds the rest).
         """
         ...
 

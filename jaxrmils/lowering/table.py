@@ -258,7 +258,7 @@ TABLE: tuple[Row, ...] = (
             "s8 conv in float32",
             speed,
             "XLA compiles an int8 convolution for cuDNN only if it is converted to float32 at "
-            "once; exact below 2^24",
+            "once; exact below 2^24, beyond that rounded, by at most 2^-24 of the sum",
         )
         for operation in _CONVS
         for speed in ("tensor cores" if operation in ("conv", "stem") else "not measured",)
@@ -420,8 +420,8 @@ def remarks(
 
     >>> remarks("tpu", ("w8a8", "w4a8"))
     ()
-    >>> len(remarks("cpu", ("w4g16",)))
-    2
+    >>> len(remarks("cpu", ("w4g16",))), len(remarks("cuda", ("w8a8",)))
+    (2, 1)
     """
     used, found = {name.partition("g")[0] for name in formats}, []  # w4g32 is a w4
     version = tuple(int(part) for part in jax_version.split(".")[:2])
@@ -433,6 +433,12 @@ def remarks(
     if backend == "cpu" and used & {"w4a4", "w4a8", "w4a8d", "w4"}:
         found.append(
             "int4 weights are smaller but not faster on CPU: every call unpacks them to int8"
+        )
+    if backend == "cuda" and used & {*INTEGER, *DYNAMIC}:
+        found.append(
+            "convolutions sum into float32 on CUDA: sums of codes past 2^24 are rounded, by at most "
+            "2^-24 of the sum and of its zero point's share, so that a code may differ from the "
+            "simulation's by a step"
         )
     if backend == "cpu" and used & set(WEIGHTS):
         found.append("weight-only formats save memory, not time: the operation stays float")

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import jaxrmils as jr
 from jaxrmils.evaluation import EvaluationError, code_agreement, measure, measure_layers
+from jaxrmils.lowering import WIDENED, check_integer_sites
 from jaxrmils.policies import predict
 from jaxrmils.sensitivity import ScoreError
 
@@ -55,6 +56,18 @@ def test_a_report_holds_predicted_and_measured(job):
     jr.print_report(report, console)
     text = console.export_text()
     assert "w8a8" in text and report.verdict.split(" (")[0] in text
+
+
+@pytest.mark.parametrize("rows", [2, 30])
+def test_sites_whose_codes_are_widened_are_named(job, rows):
+    graph, params, batches, ranges, _ = job
+    model = jr.quantize(graph, params, jr.uniform(jr.tabulate(graph), "int8"), ranges)
+    own = [(x[:rows], y[:rows]) for x, y in batches]
+    kinds = check_integer_sites(model, own[0][0])
+    wide = [site for site, found in kinds.items() if WIDENED["dot"] in found]
+    notes = [note for note in jr.verify(graph, params, model, own, loss).notes if "int32" in note]
+    assert len(notes) == bool(wide)
+    assert all(site in notes[0] for site in wide)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A decoder of shapes is compiled for a slice; collected where libtpu is installed."""
+"""A decoder of shapes is compiled for a slice; skipped where libtpu is not installed."""
 
 import json
 import os

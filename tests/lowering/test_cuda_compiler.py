@@ -1,4 +1,4 @@
-"""What the CUDA compiler makes of integer models; collected where it is installed."""
+"""What the CUDA compiler makes of integer models; skipped where it is not installed."""
 
 import jax
 import jax.numpy as jnp

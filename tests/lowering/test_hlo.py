@@ -10,6 +10,7 @@ from stages import traced
 from jaxrmils import calibrate, quantize, tabulate, trace, uniform
 from jaxrmils.lowering import (
     EXACT_FLOAT,
+    WIDENED,
     LoweringError,
     assert_integer,
     check_integer_sites,
@@ -27,10 +28,11 @@ def expected_kinds(site, eqn):
     """The operations that a site may become."""
     if site.kind == "dot":
         batched = bool(eqn.params["dimension_numbers"][1][0])
-        return {EXACT_FLOAT} if batched and site.weight is None else {"dot", "multiply"}
+        is_exact = batched and site.weight is None
+        return {EXACT_FLOAT} if is_exact else {"dot", WIDENED["dot"], "multiply"}
     depthwise = eqn.params["feature_group_count"] == site.operands[0].shape[-1] > 1
     # A 1x1 convolution is a dot.
-    return {"multiply"} if depthwise else {"convolution", "dot"}
+    return {"multiply"} if depthwise else {*WIDENED, *WIDENED.values()}
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "mixed"])
@@ -123,7 +125,7 @@ ENTRY %main (p: s8[4,4], q: f32[4,4], n: s32[4,4]) -> (s32[], s32[4,4], f32[4,4]
 
 def test_operands_are_followed_out_of_loops_and_metadata_to_readers():
     # dot.2 multiplies an int32 that was never a code; dot.3 is float.
-    assert integer_sites(TEXT) == {"a/kernel@1": {"dot"}}
+    assert integer_sites(TEXT) == {"a/kernel@1": {WIDENED["dot"]}}
 
 
 def test_text_without_instructions():

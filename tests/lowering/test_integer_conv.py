@@ -262,6 +262,38 @@ def test_lowered_operands_stay_narrow(backend, kind, dtype):
     assert found == ([] if depthwise_on_cpu else [(element, element)])
 
 
+@pytest.mark.parametrize("zero_point", [None, -128, 5, 127])
+@pytest.mark.parametrize("lowest", [-128, 100])
+def test_large_sums_in_float32_are_within_the_bound(zero_point, lowest):
+    """Of the form that CUDA compiles, whose sums pass 2^24 here."""
+    layouts = LAYOUTS[2][0]
+    rng = np.random.default_rng(0)
+    lhs = jnp.asarray(rng.integers(lowest, 128, (2, 3, 3, 4_000)), jnp.int8)
+    rhs = jnp.asarray(rng.integers(lowest, 128, (3, 3, 4_000, 3)), jnp.int8)
+    geometry = ((1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1))
+    numbers = dimension_numbers(lhs, rhs, layouts)
+    found = conv_int32(
+        lhs,
+        rhs,
+        window_strides=geometry[0],
+        padding=geometry[1],
+        lhs_dilation=geometry[2],
+        rhs_dilation=geometry[3],
+        dimension_numbers=numbers,
+        lhs_zero_point=None if zero_point is None else jnp.int32(zero_point),
+        backend="cuda",
+    )
+    assert found.dtype == jnp.float32
+    wide, narrow = np.asarray(lhs, np.int64), np.asarray(rhs, np.int64)
+    sums = np.einsum("nhwc,hwcf->nf", wide, narrow).reshape(found.shape)
+    correction = (zero_point or 0) * narrow.sum((0, 1, 2))
+    exact = sums - correction
+    bound = 2.0**-24 * (abs(sums) + abs(correction) + abs(exact))
+    assert (abs(np.asarray(found, np.float64) - exact) <= bound).all()
+    if lowest > 0:
+        assert abs(sums).min() > 2**24 and (np.asarray(found, np.float64) != exact).any()
+
+
 def test_on_cuda_the_convolution_is_converted_at_once():
     """The form that CUDA compiles; exact here, where sums stay below 2^24."""
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What libtpu makes of integer models; collected where it is installed, no TPU is needed."""
+"""What libtpu makes of integer models; skipped where it is not installed, no TPU is needed."""
 
 import re
 
