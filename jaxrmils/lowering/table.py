@@ -436,9 +436,9 @@ def remarks(
         )
     if backend == "cuda" and used & {*INTEGER, *DYNAMIC}:
         found.append(
-            "convolutions sum into float32 on CUDA: sums of codes past 2^24 are rounded, by at most "
-            "2^-24 of the sum and of its zero point's share, so that a code may differ from the "
-            "simulation's by a step"
+            "convolutions sum into float32 on CUDA: sums of codes past 2^24 are rounded there, by "
+            "at most 2^-24 of the sum and of its zero point's share, so that a code may differ "
+            "from the simulation's by a step"
         )
     if backend == "cpu" and used & set(WEIGHTS):
         found.append("weight-only formats save memory, not time: the operation stays float")
