@@ -149,7 +149,7 @@ def search_versions() -> dict[str, str]:
 
 def judge(args: argparse.Namespace, _: list[str]) -> None:
     """Measures ModelOpt's plans and the library's of the same size."""
-    from objectives import markdown
+    from objectives_table import markdown
     from results_file import write_table
 
     from jaxrmils.cli import load_config, make_task, trace_task, with_batch_size

@@ -9,7 +9,8 @@ test examples, which chose nothing. Intervals are Student's over draws; a differ
 refined plan is paired within a draw. Seeds from 100 on are the table's: a method under development
 uses others. Finished draws are kept, so that an interrupted run goes on where it was; `--only SEED`
 makes single draws, so that several processes can share the work, and `--again NAME` makes the rows
-of one objective again, in a table that is there too.
+of one objective again, in a table that is there too. `--render FILE.json ...` measures nothing: it
+writes the tables of these files again, from their numbers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from objectives_table import RANDOM, REFINED, UNIFORM, markdown
 from results_file import write_table
 
 import jaxrmils as jr
@@ -41,12 +43,10 @@ from jaxrmils.policies import (
     tangent_costs,
 )
 from jaxrmils.progress import bars
-from jaxrmils.statistics import mean_interval
 
 FIRST_SEED = 100
 FORMATS = ("w8a8", "w4a8")
 SAVED = ("signed", "upper_bound", "squared")
-REFINED, RANDOM, UNIFORM = "refined", "random", "uniform"
 RANDOM_PLANS = 3
 PASSES = 3
 """Batches that passes are timed on."""
@@ -58,7 +58,7 @@ def main() -> None:
         description=(__doc__ or "").split("\n")[0],
         epilog="Further options override the config: --config.data.files=FOLDER",
     )
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--only", type=int, nargs="*", help="seeds: make these draws, no table")
@@ -72,7 +72,14 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="*", default=[*SAVED, *jr.MEASURED_COSTS])
     parser.add_argument("--rounds", type=int, default=4, help="of the refinement")
     parser.add_argument("--out", help="by default experiments/results/objectives_ and the config")
+    parser.add_argument("--render", nargs="+", type=Path, help="results, .json: their tables again")
     args, overrides = parser.parse_known_args()
+    if args.render:
+        for path in args.render:
+            render(path)
+        return
+    if not args.config:
+        parser.error("--config is needed, or --render")
     unknown = set(args.objectives) - {*SAVED, *jr.MEASURED_COSTS}
     if unknown:
         parser.error(f"unknown objectives {sorted(unknown)}; expected {SAVED} or a measured one")
@@ -112,6 +119,13 @@ def main() -> None:
     write_table(out, rows, markdown(rows, args.bits), settings=settings)
     for seed in seeds:
         kept_at(out, seed).unlink(missing_ok=True)
+
+
+def render(path: Path) -> None:
+    """Writes the table of a result again, from its numbers."""
+    found = json.loads(path.read_text())
+    text = "\n".join(markdown(found["rows"], found["settings"]["bits"]))
+    path.with_suffix(".md").write_text(f"`{found['command']}`\n\n{text}\n")
 
 
 def kept_at(out: Path, seed: int) -> Path:
@@ -282,79 +296,6 @@ def by_chance(table: ModelTable, rng: np.random.Generator) -> Costs:
         plans = {name: jr.uniform(table, name).layers[row.name] for name in ("float", *FORMATS)}
         options[row.name] = {p: 0.0 if p.is_float else rng.uniform() for p in plans.values()}
     return Costs("random", "nothing", options)
-
-
-def markdown(rows: list[dict[str, Any]], asked: Sequence[float] = ()) -> list[str]:
-    """Objectives by budgets, differences from the refined plan, and what they cost."""
-    budgets = sorted({row["bits"] for row in rows})
-    names = list(dict.fromkeys(row["objective"] for row in rows))
-    metric = next((key for key in rows[0] if key.endswith(" drop")), None)
-    draws = len({row["seed"] for row in rows})
-    lines = []
-    for key, title in (("change", "Change of the loss"), (metric, metric)):
-        if key is None:
-            continue
-        lines += [f"{title}, on examples that chose nothing:", ""]
-        lines += ["| objective | " + " | ".join(f"{b:g} bits" for b in budgets) + " | seconds |"]
-        lines += ["|---|" + "---|" * (len(budgets) + 1)]
-        for name in names:
-            cells = [cell(values_of(rows, name, bits, key)) for bits in budgets]
-            times = [r["seconds"] for r in rows if r["objective"] == name and r["seconds"]]
-            cost = f"{np.median(times):.0f}" if times else ""
-            lines.append(f"| {name} | {' | '.join(cells)} | {cost} |")
-        lines.append("")
-    lines += ["Change of the loss minus that of the refined plan, paired within a draw:", ""]
-    lines += ["| objective | " + " | ".join(f"{b:g} bits" for b in budgets) + " |"]
-    lines += ["|---|" + "---|" * len(budgets)]
-    for name in names:
-        if name == REFINED:
-            continue
-        cells = []
-        for bits in budgets:
-            own = values_of(rows, name, bits, "change")
-            best = values_of(rows, REFINED, bits, "change")
-            cells.append(cell({seed: own[seed] - best[seed] for seed in own}))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"{draws} draws; +- is Student's 95 % interval over draws. Positive differences: ",
-    ]
-    lines[-1] += (
-        "the refined plan is better. Seconds: the objective's pass over the selection data, "
-    )
-    lines[-1] += "compilation included in the first draw; medians."
-    passes = [row["passes"] for row in rows if "passes" in row]
-    if passes:
-        ratios = {
-            name: np.median([each[name] / each["training gradient"] for each in passes])
-            for name in ("tangent", "secant round")
-        }
-        lines += [
-            "",
-            "Without compilation, over a training step's gradient on the same examples (medians): "
-            + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
-            + ".",
-        ]
-    if absent := [f"{bits:g}" for bits in asked if bits not in budgets]:
-        lines += ["", f"No plan has {' or '.join(absent)} bits: int4 is the narrowest format."]
-    return lines
-
-
-def values_of(rows: list[dict[str, Any]], name: str, bits: float, key: str) -> dict[int, float]:
-    """By seed."""
-    return {
-        r["seed"]: r[key] for r in rows if r["objective"] == name and r["bits"] == bits and key in r
-    }
-
-
-def cell(values: dict[int, float]) -> str:
-    """Mean and interval over draws."""
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{next(iter(values.values())):+.4f}"
-    found = mean_interval(np.asarray(list(values.values())), method="t")
-    return f"{found.mean:+.4f} ± {(found.upper - found.lower) / 2:.4f}"
 
 
 if __name__ == "__main__":
