@@ -157,8 +157,12 @@ def test_inspect_lists_layers_and_coverage(folder, capsys):
     assert main(["inspect", "--config", f"{folder}/config.py"]) == OK
     out = capsys.readouterr().out
     assert "2 of 2 dots and convolutions can be quantized" in out
+    int4 = "int4 weights are smaller but not faster on CPU: every call unpacks them to int8"
+    assert f"Note {int4}" in " ".join(out.split())
     assert main(["inspect", "--config", f"{folder}/config.py", "--json"]) == OK
-    assert len(json.loads(capsys.readouterr().out)["layers"]) == 2
+    data = json.loads(capsys.readouterr().out)
+    assert len(data["layers"]) == 2
+    assert int4 in data["notes"]
 
 
 def test_shortcuts_that_read_codes(folder, capsys):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from held_codes import WEIGHTS, WIDTHS, clipped, code_range, hold, operand, random_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -72,7 +73,7 @@ def reference(lhs, rhs, layouts, zero_point, geometry, feature_groups, batch_gro
     return out.transpose([names.index(name) for name in out_layout])
 
 
-def make_operands(seed, dims, kind, layouts, batch=2, bits=8):
+def make_operands(seed, dims, kind, layouts, batch=2, bits=8, lhs_bits=None):
     channels, inputs, features, _, batch_groups = kind
     rng = np.random.default_rng(seed)
     spatial = sorted(set(layouts[0]) - {"N", "C"})
@@ -80,11 +81,10 @@ def make_operands(seed, dims, kind, layouts, batch=2, bits=8):
     taps = dict(zip(spatial, TAPS[:dims], strict=True))
     lhs_shape = [{"N": batch * batch_groups, "C": channels, **sizes}[name] for name in layouts[0]]
     rhs_shape = [{"O": features, "I": inputs, **taps}[name] for name in layouts[1]]
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
-    lhs = jnp.asarray(rng.integers(low, high, lhs_shape), jnp.int8)
+    lhs = random_codes(rng, lhs_shape, lhs_bits or bits, extreme=seed % 5 == 0)
     if seed % 3 == 0:
-        return lhs, jnp.full(rhs_shape, low, jnp.int8)
-    return lhs, jnp.asarray(rng.integers(low, high, rhs_shape), jnp.int8)
+        return lhs, jnp.full(rhs_shape, code_range(bits)[0], jnp.int8)
+    return lhs, random_codes(rng, rhs_shape, bits, extreme=seed % 3 == 1)
 
 
 def dimension_numbers(lhs, rhs, layouts):
@@ -116,7 +116,6 @@ def assert_exact(actual, expected, backend="cpu"):
 def convolutions(draw):
     dims = draw(st.integers(1, 3))
     layouts = draw(st.sampled_from(LAYOUTS[dims]))
-    kind = draw(st.sampled_from(KINDS))
     lhs_dilation = tuple(draw(st.sampled_from([1, 1, 2])) for _ in range(dims))
     rhs_dilation = tuple(draw(st.sampled_from([1, 1, 2])) for _ in range(dims))
     strides = tuple(draw(st.sampled_from([1, 2, 3])) for _ in range(dims))
@@ -135,26 +134,36 @@ def convolutions(draw):
         (max(low, 0), max(high, 0) + span) if size + low + high < span else (low, high)
         for (low, high), size, span in zip(padding, sizes, spans, strict=True)
     )
-    return dims, layouts, kind, (strides, padding, lhs_dilation, rhs_dilation)
+    return dims, layouts, (strides, padding, lhs_dilation, rhs_dilation)
 
 
-@settings(max_examples=120, deadline=None)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@settings(max_examples=15, deadline=None)
 @given(
     convolutions(),
     st.none() | st.sampled_from([-128, 0, 127]) | st.integers(-128, 127),
+    WIDTHS,
+    WEIGHTS,
     st.booleans(),
     st.integers(0, 2**32 - 1),
     st.sampled_from(["cpu", "cpu", "cuda", "tpu"]),
 )
-def test_any_convolution(convolution, zero_point, precomputed, seed, backend):
-    dims, layouts, kind, geometry = convolution
-    lhs, rhs = make_operands(seed, dims, kind, layouts)
-    options = {"backend": backend}
+def test_any_convolution(kind, convolution, zero_point, width, weight, precomputed, seed, backend):
+    dims, layouts, geometry = convolution
+    lhs, rhs = make_operands(seed, dims, kind, layouts, bits=weight[0], lhs_bits=width)
+    points = {}
     if zero_point is not None:
-        options["lhs_zero_point"] = jnp.int32(zero_point)
+        zero_point = clipped(zero_point, width)
+        points["lhs_zero_point"] = jnp.int32(zero_point)
         if precomputed:
-            options["kernel_sum"] = kernel_sum(rhs, dimension_numbers(lhs, rhs, layouts))
-    out = run(lhs, rhs, layouts, geometry, kind, **options)
+            points["kernel_sum"] = kernel_sum(rhs, dimension_numbers(lhs, rhs, layouts))
+
+    @jax.jit
+    def convolve(lhs, rhs, points):
+        options = {"lhs_bits": width, "rhs_bits": weight[0], "backend": backend}
+        return run(operand(lhs), operand(rhs), layouts, geometry, kind, **points, **options)
+
+    out = convolve(hold(lhs, width), hold(rhs, *weight), points)
     expected = reference(lhs, rhs, layouts, zero_point or 0, geometry, *kind[3:])
     assert_exact(out, expected, backend)
 

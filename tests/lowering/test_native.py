@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from held_codes import WEIGHTS, WIDTHS, clipped, code_range, hold, operand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
@@ -37,13 +38,16 @@ REASON = kernels.available()
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
-def random_codes(rng, shape, extreme=False):
-    codes = rng.integers(-128, 128, shape)
-    return (
-        np.where(rng.random(shape) < 0.5, np.sign(codes + 0.5) * 127.5 - 0.5, codes).astype(np.int8)
-        if extreme
-        else codes.astype(np.int8)
-    )
+def random_codes(rng, shape, extreme=False, bits=8):
+    """int8 codes, half of them at the ends of their range if `extreme`."""
+    low, high = code_range(bits)
+    codes = rng.integers(low, high + 1, shape)
+    ends = np.where(codes < 0, low, high)
+    return np.where(rng.random(shape) < 0.5 * extreme, ends, codes).astype(np.int8)
+
+
+EIGHT = (8, (8, "int8"))
+"""Widths of activations and weights, and how these are held."""
 
 
 def random_epilogue(rng, shape, *, residual, clamp, codes, spread):
@@ -131,17 +135,32 @@ epilogues = st.fixed_dictionaries(
     }
 )
 seeds = st.integers(0, 2**32 - 1)
+widths = st.tuples(WIDTHS, WEIGHTS)
 paddings = st.tuples(*[st.tuples(st.integers(-1, 3), st.integers(-1, 3))] * 2)
 small = st.tuples(st.integers(1, 3), st.integers(1, 3))
 windows = st.fixed_dictionaries({"strides": small, "padding": paddings, "dilation": small})
 sizes = st.tuples(st.integers(1, 2), st.integers(1, 12), st.integers(1, 12))
 
 
-def check_dot(m, k, n, seed, extreme, choices):
+def held(w, weight):
+    """Codes of a weight out of the tensor that holds them, as int8."""
+    return jax.jit(operand)(hold(jnp.asarray(w), *weight)).astype(jnp.int8)
+
+
+def spread_of(products, *bits):
+    """About how large sums of so many products of codes are."""
+    return math.isqrt(products) * 5000 >> sum(8 - each for each in bits)
+
+
+def check_dot(m, k, n, seed, extreme, choices, widths=EIGHT):
     rng = np.random.default_rng(seed)
-    x, w = random_codes(rng, (m, k), extreme), random_codes(rng, (k, n), extreme)
-    epilogue = random_epilogue(rng, (m, n), spread=5000 * math.isqrt(k), **choices)
-    actual = jax.jit(dot)(jnp.asarray(x), pack_dot(jnp.asarray(w)), with_weights(epilogue, w))
+    bits, weight = widths
+    x = random_codes(rng, (m, k), extreme, bits)
+    w = random_codes(rng, (k, n), extreme, weight[0])
+    spread = spread_of(k, bits, weight[0])
+    epilogue = random_epilogue(rng, (m, n), spread=spread, **choices)
+    packed = pack_dot(held(w, weight))
+    actual = jax.jit(dot)(jnp.asarray(x), packed, with_weights(epilogue, w))
     assert_same(actual, finished(x.astype(np.int64) @ w.astype(np.int64), epilogue))
 
 
@@ -155,12 +174,13 @@ def laid_out(rng, x):
     )
 
 
-def check_batched_dot(batch, m, k, n, seed, extreme, choices):
+def check_batched_dot(batch, m, k, n, seed, extreme, choices, bits=8):
     rng = np.random.default_rng(seed)
-    x, w = random_codes(rng, (*batch, m, k), extreme), random_codes(rng, (*batch, n, k), extreme)
-    zeros = [int(z) for z in rng.choice([-128, 0, 127, 5], 2)]
+    x, w = (random_codes(rng, (*batch, rows, k), extreme, bits) for rows in (m, n))
+    zeros = [clipped(z, bits) for z in rng.choice([-128, 0, 127, 5], 2)]
     (lhs, left), (rhs, right) = laid_out(rng, x), laid_out(rng, w)
-    epilogue = random_epilogue(rng, (*batch, m, n), spread=9000 * math.isqrt(k), **choices)
+    spread = 2 * spread_of(k, bits, bits)
+    epilogue = random_epilogue(rng, (*batch, m, n), spread=spread, **choices)
 
     @jax.jit
     def run(lhs, rhs, e, a, b):
@@ -172,19 +192,23 @@ def check_batched_dot(batch, m, k, n, seed, extreme, choices):
     assert_same(actual, finished(sums, epilogue))
 
 
-def check_conv(shape, kernel, features, window, seed, extreme, choices):
+def check_conv(shape, kernel, features, window, seed, extreme, choices, widths=EIGHT):
     """`features` None: depthwise."""
     rng = np.random.default_rng(seed)
     c = shape[-1]
-    x = random_codes(rng, shape, extreme)
-    w = random_codes(rng, (*kernel, 1 if features is None else c, features or c), extreme)
-    x_zero = int(rng.integers(-128, 128))
+    bits, weight = widths
+    x = random_codes(rng, shape, extreme, bits)
+    w = random_codes(
+        rng, (*kernel, 1 if features is None else c, features or c), extreme, weight[0]
+    )
+    x_zero = clipped(rng.integers(-128, 128), bits)
     sums = conv_sums(x, w, x_zero, **window)
     products = math.prod(kernel) * (1 if features is None else c)
-    epilogue = random_epilogue(rng, sums.shape, spread=5000 * math.isqrt(products), **choices)
+    spread = spread_of(products, bits, weight[0])
+    epilogue = random_epilogue(rng, sums.shape, spread=spread, **choices)
     run, pack = (depthwise, pack_depthwise) if features is None else (conv, pack_conv)
     function = jax.jit(lambda x, w, e, z: run(x, w, e, x_zero=z, **window))
-    packed, e = pack(jnp.asarray(w)), with_weights(epilogue, w)
+    packed, e = pack(held(w, weight)), with_weights(epilogue, w)
     actual = function(jnp.asarray(x), packed, e, jnp.int32(x_zero))
     assert_same(actual, finished(sums, epilogue))
 
@@ -242,17 +266,18 @@ def test_functions_are_known_by_name():
 
 @needs_kernels
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 150), seeds, st.booleans(), epilogues)
-def test_dots_equal_numpy(m, k, n, seed, extreme, choices):
-    check_dot(m, k, n, seed, extreme, choices)
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 150), seeds, st.booleans(), epilogues,
+       widths)  # fmt: skip
+def test_dots_equal_numpy(m, k, n, seed, extreme, choices, widths):
+    check_dot(m, k, n, seed, extreme, choices, widths)
 
 
 @needs_kernels
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 3), max_size=2), st.integers(1, 40), st.integers(1, 150),
-       st.integers(1, 40), seeds, st.booleans(), epilogues)  # fmt: skip
-def test_products_of_activations_equal_numpy(batch, m, k, n, seed, extreme, choices):
-    check_batched_dot(batch, m, k, n, seed, extreme, choices)
+       st.integers(1, 40), seeds, st.booleans(), epilogues, WIDTHS)  # fmt: skip
+def test_products_of_activations_equal_numpy(batch, m, k, n, seed, extreme, choices, bits):
+    check_batched_dot(batch, m, k, n, seed, extreme, choices, bits)
 
 
 # Several tasks for a product, several chunks of rows, and the deepest sums there may be.
@@ -311,17 +336,19 @@ def test_operands_of_products_of_activations_are_checked():
 @needs_kernels
 @settings(max_examples=30, deadline=None)
 @given(sizes, st.integers(1, 40), small, st.integers(1, 70), windows, seeds, st.booleans(),
-       epilogues)  # fmt: skip
-def test_convolutions_equal_numpy(size, c, kernel, o, window, seed, extreme, choices):
-    check_conv((*size, c), kernel, o, window, seed, extreme, choices)
+       epilogues, widths)  # fmt: skip
+def test_convolutions_equal_numpy(size, c, kernel, o, window, seed, extreme, choices, widths):
+    check_conv((*size, c), kernel, o, window, seed, extreme, choices, widths)
 
 
 @needs_kernels
 @settings(max_examples=30, deadline=None)
 @given(sizes, st.integers(2, 150), st.tuples(st.integers(1, 5), st.integers(1, 5)), windows, seeds,
-       st.booleans(), epilogues)  # fmt: skip
-def test_depthwise_convolutions_equal_numpy(size, c, kernel, window, seed, extreme, choices):
-    check_conv((*size, c), kernel, None, window, seed, extreme, choices)
+       st.booleans(), epilogues, widths)  # fmt: skip
+def test_depthwise_convolutions_equal_numpy(
+    size, c, kernel, window, seed, extreme, choices, widths
+):
+    check_conv((*size, c), kernel, None, window, seed, extreme, choices, widths)
 
 
 PLAIN = {"residual": "none", "clamp": "none", "codes": True}
