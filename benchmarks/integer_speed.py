@@ -42,7 +42,7 @@ from jaxrmils.lowering.native import kernels
 from jaxrmils.lowering.native_model import PART_OF_PROGRAM
 
 FLOAT, DEPTHWISE, INT8, INT4 = "float", "depthwise", "w8a8", "w4a8"
-CODES, DYNAMIC, PRODUCTS = "codes", "w8a8d", "products"
+CODES, DYNAMIC, PRODUCTS, UNPACKED = "codes", "w8a8d", "products", "unpacked"
 NATIVE, NATIVE_CODES, NATIVE_PRODUCTS = "native", "native codes", "native products"
 NATIVE_WHOLE, WHOLE = "native whole", "whole"
 QWIX, QWIX_STATIC, ONNX = "qwix", "qwix static", "onnxruntime"
@@ -58,11 +58,12 @@ TITLES = {
     NATIVE_PRODUCTS: "native kernels, products of activations in float",
     NATIVE_WHOLE: "native kernels, batches not in parts",
     INT4: "jaxrmils w4a8",
+    UNPACKED: "jaxrmils w4a8, int4 unpacked ahead of time",
     QWIX: "qwix w8a8",
     QWIX_STATIC: "qwix w8a8, static ranges",
     ONNX: "onnxruntime int8",
 }
-AGAINST = (DEPTHWISE, CODES, DYNAMIC, PRODUCTS, NATIVE, QWIX, ONNX)
+AGAINST = (DEPTHWISE, CODES, DYNAMIC, PRODUCTS, UNPACKED, NATIVE, QWIX, ONNX)
 OTHERS = (FLOAT, WHOLE)
 """What may be asked for besides."""
 CALIBRATION_BATCH = 2
@@ -116,6 +117,8 @@ def quantized(work: Workload, against: frozenset[str]) -> dict[str, tuple[Any, A
     models: dict[str, Any] = {
         name: jr.quantize(graph, work.variables, plan, ranges) for name, plan in plans.items()
     }
+    if UNPACKED in against:
+        models[UNPACKED] = jr.quantize(graph, work.variables, plans[INT4], ranges, unpacked=True)
     if CODES in against:
         graph = dataclasses.replace(graph, shortcuts="codes")
         ranges = jr.calibrate(graph, work.variables, [example])
@@ -443,8 +446,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slow", type=float, default=2.0, help="seconds of a slow run (2)")
     parser.add_argument(
         "--against", type=listed, default=AGAINST,
-        help="any of depthwise,codes,w8a8d,products,native,qwix,onnxruntime (all); float is always "
-        "there, native kernels run what else is compared, and with whole also batches not in parts",
+        help="any of depthwise,codes,w8a8d,products,unpacked,native,qwix,onnxruntime (all); float "
+        "is always there, native kernels run what else is compared, and with whole also batches "
+        "not in parts",
     )  # fmt: skip
     parser.add_argument("--weights", type=Path, help="a checkpoint, with one model (random)")
     parser.add_argument("--calls", type=int, default=2000, help="calls for the overhead (2000)")

@@ -19,6 +19,7 @@ from jaxrmils.zoo import MobileNetV2
 from jaxrmils.zoo.layers import ConvNorm, batch_norm
 
 ROOT = Path(__file__).parents[2]
+INT4 = ("w4a8", "unpacked")
 
 
 @pytest.fixture
@@ -60,7 +61,10 @@ def test_quick_run_writes_results_and_keeps_those_of_others(tmp_path):
         assert {"float", "w8a8", "w4a8"} <= set(rows)
         assert all(len(times) == 2 for times in result["seconds"].values())
         assert rows["float"]["error"] == 0
-        assert 0 < max(row["error"] for name, row in rows.items() if name != "w4a8") < 0.06
+        assert 0 < max(row["error"] for n, row in rows.items() if n not in INT4) < 0.06
+        assert rows["unpacked"]["error"] == rows["w4a8"]["error"]
+        packed, unpacked = (rows[name]["buffer_bytes"] for name in INT4)
+        assert packed < unpacked == pytest.approx(rows["w8a8"]["buffer_bytes"], rel=0.02)
         assert rows["w4a8"]["buffer_bytes"] < rows["w8a8"]["buffer_bytes"]
         assert rows["w8a8"]["buffer_bytes"] < 0.5 * rows["float"]["buffer_bytes"]
         assert result["absent"]["depthwise"] == "no depthwise convolution"

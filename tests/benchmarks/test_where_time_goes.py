@@ -20,6 +20,9 @@ def test_it_runs(tmp_path, monkeypatch, capsys):
     for result in models.values():
         parts = sum(row["seconds"] for row in result["rows"].values()) + result["rest"]
         assert parts == pytest.approx(result["seconds"])
+        assert result["peak"] > 1e9 and result["peak_of"]
+        for row in result["rows"].values():
+            assert row["at_peak"] * result["peak"] == pytest.approx(2 * row["products"])
     assert any(kind.startswith("conv") for kind in models["tiny_resnet"]["rows"])
     assert {"dense", "product of activations"} <= set(models["tiny_bert"]["rows"])
     assert "no layer" in capsys.readouterr().out

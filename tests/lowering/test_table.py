@@ -1,5 +1,6 @@
 """Every backend has one formulation for every operation and format, and the page shows them all."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -87,8 +88,9 @@ def test_formulations_on_cpu_reach_the_int8_kernels():
     from jaxrmils.lowering.integer_conv import conv_int32
     from jaxrmils.lowering.integer_dot import dot_int32
 
-    def dot(lhs, rhs):
-        return dot_int32(lhs, rhs, (((1,), (0,)), ((), ())))
+    def dot(lhs, rhs, summed=0, batched=()):
+        dims = (((lhs.ndim - 1,), (summed,)), (batched, batched))
+        return dot_int32(lhs, rhs, dims)
 
     def conv(groups, stride):
         def function(lhs, rhs):
@@ -110,6 +112,11 @@ def test_formulations_on_cpu_reach_the_int8_kernels():
         (dot, (64, 128), (128, 64)),
         (dot, (1, 512), (512, 512)),
         (dot, (512, 512), (512, 1)),
+        (dot, (8, 16, 128), (128, 64)),
+        (dot, (1, 64, 128), (128, 64)),
+        (functools.partial(dot, summed=1), (64, 128), (64, 128)),
+        (functools.partial(dot, summed=1), (8, 16, 128), (64, 128)),
+        (functools.partial(dot, summed=1, batched=(0,)), (12, 128, 64), (12, 64, 128)),
         (conv(1, 1), (2, 16, 16, 32), (3, 3, 32, 32)),
         (conv(1, 2), (2, 32, 32, 3), (3, 3, 3, 32)),
         (conv(1, 1), (2, 32, 32, 3), (3, 3, 3, 32)),
