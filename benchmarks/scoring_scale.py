@@ -1,4 +1,4 @@
-"""What scoring costs as things grow: examples, sites, candidates, devices.
+"""What scoring and attribution cost as things grow: examples, sites, candidates, devices.
 
 Every point is a process of its own, whose peak resident memory is read at its end. The model is a
 stack of dense layers, `sites` of them, scanned (one program whatever the depth) or unrolled (the
@@ -6,6 +6,7 @@ honest worst case: a network whose layers all differ). Time is that of the passe
 without tracing and compiling, which are reported apart.
 
     python benchmarks/scoring_scale.py
+    python benchmarks/scoring_scale.py --only attributed    # curves whose names hold the word
     python benchmarks/scoring_scale.py --quick
 
 Rows say how a cost grows from each point to the next: `slope` is the exponent in the size, 1 for
@@ -28,7 +29,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-BASE = {"examples": 2000, "sites": 20, "candidates": 6, "devices": 1, "form": "unrolled"}
+BASE = {
+    "examples": 2000, "sites": 20, "candidates": 6, "devices": 1, "form": "unrolled",
+    "work": "score",
+}  # fmt: skip
+ATTRIBUTE = {"work": "attribute"}
 WIDTH, BATCH = 64, 100
 POINTS: dict[str, list[dict[str, Any]]] = {
     "examples": [{"examples": n, "reduced": True} for n in (2_000, 20_000, 100_000)],
@@ -37,10 +42,17 @@ POINTS: dict[str, list[dict[str, Any]]] = {
     "sites, scanned": [{"sites": n, "form": "scanned"} for n in (10, 50, 200, 500)],
     "candidates": [{"candidates": n} for n in (1, 2, 4, 6)],
     "devices": [{"devices": n} for n in (1, 2, 4, 8)],
+    "examples, attributed": [{"examples": n, **ATTRIBUTE} for n in (2_000, 20_000, 100_000)],
+    "sites, attributed, unrolled": [{"sites": n, **ATTRIBUTE} for n in (10, 50, 200)],
+    "sites, attributed, scanned": [
+        {"sites": n, "form": "scanned", **ATTRIBUTE} for n in (10, 50, 200, 500)
+    ],
+    "devices, attributed": [{"devices": n, **ATTRIBUTE} for n in (1, 2, 4, 8)],
 }
 QUICK = {
     "examples": [{"examples": n, "reduced": True} for n in (100, 200)],
     "sites, scanned": [{"sites": 4, "form": "scanned", "devices": 2}],
+    "examples, attributed": [{"examples": n, **ATTRIBUTE} for n in (100, 200)],
 }
 QUICK_BASE = {**BASE, "examples": 100, "sites": 2}
 
@@ -61,7 +73,7 @@ class Batches:
 
 
 def point(
-    examples: int, sites: int, candidates: int, devices: int, form: str, reduced: bool
+    examples: int, sites: int, candidates: int, devices: int, form: str, reduced: bool, work: str
 ) -> Any:
     """One measurement, in this process."""
     import jax
@@ -106,12 +118,16 @@ def point(
             yield batch
             first = first or time.perf_counter()
 
-    scores = score(
-        graph, params, timed(), loss, ranges, sharding=sharding,
-        activation_candidates=ACTIVATION_CANDIDATES[:candidates],
-    )  # fmt: skip
+    if work == "attribute":
+        plan = jr.uniform(jr.tabulate(graph), "w8a8")
+        found = jr.attribute(graph, params, plan, timed(), loss, ranges, sharding=sharding).change
+    else:
+        found = score(
+            graph, params, timed(), loss, ranges, sharding=sharding,
+            activation_candidates=ACTIVATION_CANDIDATES[:candidates],
+        )  # fmt: skip
     done = time.perf_counter()
-    assert first is not None and len(scores) == examples + BATCH
+    assert first is not None and len(found) == examples + BATCH
     return {
         "trace_seconds": traced - start,
         "calibrate_seconds": calibrated - traced,
@@ -150,9 +166,13 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="toy sizes")
+    parser.add_argument("--only", default="", help="a word of the curves' names; others are kept")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    curves = QUICK if options.quick else POINTS
+    if not any(options.only in name for name in curves):
+        parser.error(f"no curve holds {options.only!r}; there are {'; '.join(curves)}")
     if options.output is None:
         options.output = Path(__file__).parent / "results" / "scoring_scale.json"
     return options
@@ -165,8 +185,12 @@ def main() -> None:
         print(json.dumps(point(**options.point)))
         return
     base = QUICK_BASE if options.quick else BASE
-    result: dict[str, Any] = {}
+    kept = options.only and options.output.exists()
+    written = json.loads(options.output.read_text()) if kept else {}
+    result: dict[str, Any] = written.get("curves", {})
     for name, points in (QUICK if options.quick else POINTS).items():
+        if options.only not in name:
+            continue
         rows = []
         for changed in points:
             settings = {**base, "reduced": False, **changed}
@@ -174,17 +198,20 @@ def main() -> None:
         result[name] = [
             {**row, "slope": slope} for row, slope in zip(rows, slopes(name, rows), strict=True)
         ]
-        print(f"\n{name:24} {'seconds':>8} {'slope':>6} {'trace':>6} {'compile':>8} {'peak MB':>8}")
+        print(f"\n{name:28} {'seconds':>8} {'slope':>6} {'trace':>6} {'compile':>8} {'peak MB':>8}")
         for row in result[name]:
             slope = "" if row["slope"] is None else f"{row['slope']:.2f}"
             print(
-                f"{row[name.split(',')[0]]:>24} {row['seconds']:8.2f} {slope:>6} "
+                f"{row[name.split(',')[0]]:>28} {row['seconds']:8.2f} {slope:>6} "
                 f"{row['trace_seconds']:6.1f} {row['compile_seconds']:8.1f} "
                 f"{row['peak_megabytes']:8.0f}"
             )
     command = shlex.join(["python", "benchmarks/scoring_scale.py", *sys.argv[1:]])
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"command": command, "curves": result}, indent=2) + "\n")
+    commands = {"command": written.get("command", command)}
+    if options.only:
+        commands[f"command, {options.only}"] = command
+    options.output.write_text(json.dumps({**commands, "curves": result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
